@@ -1,0 +1,71 @@
+"""Every error a user can meet: one tree, four slots (what, where, why, try)."""
+
+from __future__ import annotations
+
+
+class AutoparError(Exception):
+    """Base of all errors raised on purpose.
+
+    what:  one line, what went wrong.
+    where: the user's own line, file or field; empty when there is none.
+    why:   the reason, in the user's terms.
+    try_:  the smallest change that makes it work.
+    """
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", try_: str = "") -> None:
+        self.what, self.where, self.why, self.try_ = what, where, why, try_
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """The message as shown: the class, then one line per slot that is filled."""
+        lines = [f"{type(self).__name__}: {self.what}"]
+        slots = (("where", self.where), ("why", self.why), ("try", self.try_))
+        lines += [f"  {name:<6} {text}" for name, text in slots if text]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+class InputError(AutoparError):
+    """The arguments of a call are not what the call takes."""
+
+
+class MeshError(AutoparError):
+    """A mesh, an axis or a cluster is unknown or does not fit."""
+
+
+class ProfileError(AutoparError):
+    """A device or cluster profile holds a missing or absurd number."""
+
+
+class CaptureError(AutoparError):
+    """The model cannot be captured as one static graph."""
+
+
+class UnknownOpError(AutoparError):
+    """No sharding rule for an operation, and `strict=True`."""
+
+
+class PlanError(AutoparError):
+    """A plan file is damaged, or belongs to another graph or mesh."""
+
+
+class InfeasibleError(AutoparError):
+    """No plan fits the memory limit or the pins."""
+
+
+class SolverError(AutoparError):
+    """The solver gave no usable answer."""
+
+
+class ShapeError(AutoparError):
+    """A parallel module was called with inputs unlike those it was planned for."""
+
+
+class GraphError(AutoparError):
+    """An internal check failed: a pass left a graph whose specs disagree. Always a defect of this package."""
+
+
+class VerifyError(AutoparError):
+    """A plan does not compute what the model computes."""

@@ -1,0 +1,89 @@
+"""A device mesh: named axes with their links, and the device that sits at every point."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .errors import MeshError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis. `bandwidth_bytes_s` is what one device can send along it; `latency_s` is paid per message."""
+
+    name: str
+    size: int
+    bandwidth_bytes_s: float = 1e11
+    latency_s: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device. `peak_flops` holds (dtype name, FLOP/s) pairs; unlisted dtypes run at the float32 rate."""
+
+    name: str
+    peak_flops: tuple[tuple[str, float], ...]
+    memory_bytes: int
+    memory_bandwidth_bytes_s: float
+    host_bandwidth_bytes_s: float
+    launch_s: float = 5e-6
+
+    def flops(self, dtype: str) -> float:
+        rates = dict(self.peak_flops)
+        return rates.get(dtype, rates["float32"])
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Axes outermost first, as `torch.distributed.DeviceMesh` lists them; ranks of the last axis are neighbours."""
+
+    axes: tuple[Axis, ...]
+    device: Device
+    cluster: str = "custom"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(axis.name for axis in self.axes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.sizes)
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis.name}={axis.size}" for axis in self.axes)
+
+
+def coordinates(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The coordinate of every rank, in rank order."""
+    return itertools.product(*(range(n) for n in sizes))
+
+
+def coordinate(rank: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The coordinate of one rank."""
+    out: list[int] = []
+    for n in reversed(sizes):
+        rank, i = divmod(rank, n)
+        out.append(i)
+    return tuple(reversed(out))
+
+
+def parse_axes(text: str) -> tuple[tuple[str, int], ...]:
+    """`"dp=2,tp=4"` → `(("dp", 2), ("tp", 4))`. Raises MeshError on anything else."""
+    axes: list[tuple[str, int]] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*", part)
+        if not found or int(found[2]) < 1:
+            raise MeshError(f"cannot read the mesh {text!r}", where=f"the part {part.strip()!r}",
+                            why="a mesh is a list of name=size, each size 1 or more", try_='"dp=2,tp=4"')
+        if found[1] in dict(axes):
+            raise MeshError(f"mesh axis {found[1]!r} is named twice", where=repr(text), try_="give each axis a name of its own")
+        axes.append((found[1], int(found[2])))
+    return tuple(axes)

@@ -1,0 +1,185 @@
+"""The decision, as a small JSON file: readable, diffable, editable, checked on load, never pickled.
+
+A plan names classes of nodes, not nodes: the same operation in every repeated block is one class (`h.*.attn.c_attn.addmm`)
+and is decided once. A choice has one symbol per mesh axis, the letter of the op's rule that the axis splits:
+
+    "b n"    axis 0 splits letter b, axis 1 splits letter n
+    "-"      the axis splits nothing
+    "+"      Partial sums flow through a linear op
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from .errors import PlanError
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class PlanAxis(_Part):
+    """One mesh axis. The link's numbers travel with the plan: the chain of collectives between two placements follows from them."""
+
+    name: str = Field(pattern=r"^[A-Za-z_]\w*$")
+    size: int = Field(ge=1)
+    bandwidth_bytes_s: float = Field(default=1e11, gt=0, allow_inf_nan=False)
+    latency_s: Seconds = 1e-5
+
+
+class Memory(_Part):
+    """Predicted peak of the fullest device, by category, at the moment of the peak."""
+
+    parameters: Bytes = 0
+    gradients: Bytes = 0
+    optimizer: Bytes = 0
+    activations: Bytes = 0
+    transients: Bytes = 0
+    inputs: Bytes = 0
+
+
+class Cost(_Part):
+    """Predicted cost of one training step. `step_s` is the sum of the seconds below it."""
+
+    step_s: Seconds = 0.0
+    compute_s: Seconds = 0.0
+    communication_s: Seconds = 0.0
+    recompute_s: Seconds = 0.0
+    transfer_s: Seconds = 0.0
+    peak_bytes: Bytes = 0
+    memory: Memory = Memory()
+
+
+class Collective(_Part):
+    """All collectives of one kind along one axis in one phase: how often, bytes sent per device, seconds."""
+
+    kind: str
+    axis: str
+    phase: Literal["forward", "backward"]
+    count: int = Field(ge=0)
+    bytes: Bytes
+    seconds: Seconds
+
+
+class Replicated(_Part):
+    """An operation that has no sharding rule and runs whole on every device."""
+
+    op: str
+    where: str
+    count: int = Field(ge=1)
+    seconds: Seconds
+
+
+class Plan(_Part):
+    """What the solver decided and what it proved. `solve_s` is a measurement, so it is not part of the file."""
+
+    format: Literal["netmind-autopar-plan"] = "netmind-autopar-plan"
+    version: Literal[1] = 1
+    graph_hash: str = Field(pattern=r"^[0-9a-f]{16}$")
+    mesh: tuple[PlanAxis, ...] = Field(min_length=1)
+    cluster: str = "custom"
+    memory_limit_bytes: Bytes | None = None
+    optimizer: str = "adamw"
+    choices: dict[str, str]
+    recompute: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+    cost: Cost = Cost()
+    collectives: tuple[Collective, ...] = ()
+    replicated: tuple[Replicated, ...] = ()
+    bound_s: Seconds = 0.0
+    gap: Seconds = 0.0
+    status: Literal["optimal", "feasible", "given"] = "given"
+    solver: str = ""
+    random_costs: int | None = None
+    _solve_s: float = PrivateAttr(default=0.0)
+
+    @property
+    def solve_s(self) -> float:
+        """CPU seconds that planning took in this process; 0 for a loaded plan."""
+        return self._solve_s
+
+    def timed(self, seconds: float) -> Plan:
+        """The same plan, with `solve_s` set."""
+        out = self.model_copy()
+        out._solve_s = seconds
+        return out
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.mesh)
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        return tuple(axis.name for axis in self.mesh)
+
+    def dumps(self) -> str:
+        """The file's text: the same plan gives the same bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+
+    def hash(self) -> str:
+        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan; the file is replaced whole or not at all. Raises PlanError when it cannot be written."""
+        target = Path(path)
+        try:
+            fd, staged = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        except OSError as e:
+            raise PlanError(f"cannot write the plan to {target}", why=str(e), try_="name a folder that exists and can be written") from None
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as f:
+                f.write(self.dumps())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(staged, target)
+        except OSError as e:
+            Path(staged).unlink(missing_ok=True)
+            raise PlanError(f"cannot write the plan to {target}", why=str(e), try_="free some space, or name another folder") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read and check a plan file. Raises PlanError that names the field at fault."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise PlanError(f"cannot read the plan {path}", why=str(e), try_="give the path of a file written by `--json` or Plan.save") from None
+        return cls.loads(text, where=str(path))
+
+    @classmethod
+    def loads(cls, text: str, where: str = "") -> Plan:
+        """The inverse of `dumps`. Raises PlanError that names the field at fault."""
+        try:
+            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+            return cls.model_validate_json(json.dumps(data, allow_nan=False))
+        except ValidationError as e:
+            first = e.errors()[0]
+            field = ".".join(str(p) for p in first["loc"])
+            raise PlanError("the plan file is not valid", where=f"{where}: {field}".strip(": "), why=first["msg"],
+                            try_="undo the edit of that field, or plan again") from None
+        except (ValueError, RecursionError) as e:
+            raise PlanError("the plan file is not readable JSON", where=where, why=str(e)[:200],
+                            try_="plan again: the file is truncated or was edited into something else") from None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"the key {key!r} appears twice")
+        out[key] = value
+    return out
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not a number that a plan can hold")

@@ -1,0 +1,134 @@
+"""The captured computation: one FX graph of ATen ops for forward and backward together, and what its ends mean.
+
+A node's facts are in `node.meta`, written once at capture and never decided upon:
+
+    val      the fake tensor (or tuple of them) with *global* shape
+    where    "model.py:41  x = self.fc(x)", the user's own line, or ""
+    module   "transformer.h.0.attn", or ""
+    phase    "forward" or "backward"
+
+Passes put an op's shardings beside the graph, in `specs` (what a node produces) and `expects` (what it takes).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import GraphError
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Input:
+    """A placeholder. role: "param", "buffer", "input" (the user's), "tangent" (d loss / d output `index`) or "seed".
+
+    `name` is the parameter's or buffer's qualified name, the path of the user's argument, or the output's path.
+    """
+
+    node: str
+    role: str
+    name: str
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result. role: "output" (the user's leaf `index`), "mutation" (new value of buffer `name`) or "grad" (of input `name`)."""
+
+    node: str
+    role: str
+    name: str
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the user calls the model. `pack` turns (args, kwargs) into the list of tensors of role "input", `unpack` turns
+    the list of tensors of role "output" into what the model returns; both are pure."""
+
+    pack: Callable[[tuple, dict], list[torch.Tensor]]
+    unpack: Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """`constants` are the tensors that `get_attr` nodes name. `tied` maps a second name of a parameter to its first."""
+
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    signature: Signature
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    specs: Mapping[str, Spec | tuple[Spec | None, ...]] = field(default_factory=dict)
+    expects: Mapping[str, tuple[Spec, ...]] = field(default_factory=dict)
+
+    @contextmanager
+    def edit(self) -> Iterator[Draft]:
+        """A copy to change; the program itself stays as it is. Read `draft.program` after the block."""
+        draft = Draft(self)
+        yield draft
+        draft.graph.lint()
+        draft.program = replace(self, graph=draft.graph, specs=draft.specs, expects=draft.expects)
+
+    def node(self, name: str) -> fx.Node:
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise GraphError(f"no node {name!r} in the graph")
+
+    def placeholders(self) -> dict[str, Input]:
+        return {item.node: item for item in self.inputs}
+
+
+class Draft:
+    """A program being edited: its own copy of the graph (node names kept) and of the specs."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in program.graph.nodes:
+            copies[node] = self.graph.node_copy(node, lambda n: copies[n])
+            if copies[node].name != node.name:
+                raise GraphError(f"copying the graph renamed {node.name!r} to {copies[node].name!r}")
+        self.specs = dict(program.specs)
+        self.expects = dict(program.expects)
+
+
+def tensor_args(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments in the order of the call, one entry per occurrence."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    return found
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def source(node: fx.Node) -> tuple[fx.Node, int]:
+    """The node that really computes a value and the position of the value among its outputs."""
+    if is_getitem(node):
+        return node.args[0], node.args[1]  # type: ignore[return-value]
+    return node, 0
+
+
+def values(node: fx.Node) -> tuple[torch.Tensor | None, ...]:
+    """The (fake) tensors a node produces, global shapes; None where an output is switched off."""
+    val = node.meta["val"]
+    items = val if isinstance(val, (tuple, list)) else (val,)
+    return tuple(v if isinstance(v, torch.Tensor) else None for v in items)
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten.mm.default`, `autopar.attention.default`, or the plain name of a Python function."""
+    target = node.target
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
