@@ -1,0 +1,251 @@
+"""The command line: netmind-autopar plan | explain | diff | verify | mesh | clusters.
+
+Exit codes: 0 done; 1 `verify` or `diff` found a difference; 2 bad input, told on stderr as what, where, why and what to try;
+3 a defect of this package; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import modelfile, report
+from .ir.errors import AutoparError, InputError
+from .ir.flags import debug_level
+from .ir.plan import Plan
+
+OK, DIFFERS, BAD_INPUT, DEFECT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+
+EXAMPLES = """examples:
+  netmind-autopar plan examples/gpt2.py --mesh dp=2,tp=4 --cluster h100-sxm --memory 70GiB --json plan.json
+  netmind-autopar plan --hf config.json --batch 8 --seq 1024 --mesh dp=4,tp=8 --cluster h100-sxm
+  netmind-autopar explain plan.json examples/gpt2.py
+  netmind-autopar verify examples/gpt2.py --plan plan.json --steps 3
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are InputErrors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError("cannot read the command line", where=" ".join(sys.argv[1:]), why=message, try_=f"{self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = Parser(prog="netmind-autopar", description="Plan, explain and check how a PyTorch model is split over devices.", epilog=EXAMPLES,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"netmind-autopar {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("plan", run_plan, "decide how a model is split over a mesh: no GPU, no process group, no weights")
+    _model_options(sub)
+    _plan_options(sub)
+
+    sub = command("explain", run_explain, "show a plan file; with the model also what becomes of every parameter")
+    sub.add_argument("plan", metavar="PLAN", help="a file written by `plan --json`")
+    _model_options(sub)
+    sub.add_argument("--all", "--verbose", dest="all", action="store_true", help="every choice, and long tables in full")
+
+    sub = command("diff", run_diff, "show what differs between two plan files; exit code 1 if anything does")
+    sub.add_argument("a", metavar="A")
+    sub.add_argument("b", metavar="B")
+
+    sub = command("verify", run_verify, "run every rank of a plan in one process and compare with the model; exit code 1 if they differ")
+    _model_options(sub)
+    sub.add_argument("--plan", required=True, metavar="PLAN", help="a file written by `plan --json`")
+    sub.add_argument("--steps", type=_positive, default=1, metavar="N", help="training steps to compare (1)")
+    sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), help="compute in another dtype than the model file's")
+
+    sub = command("mesh", run_mesh, "show the axes and links of a mesh")
+    sub.add_argument("mesh", metavar="MESH", help="axes and sizes, outermost first: dp=2,tp=4")
+    sub.add_argument("--cluster", metavar="NAME", help="a preset or a profile file")
+
+    command("clusters", run_clusters, "list the cluster presets")
+    return parser
+
+
+def _model_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", metavar="FILE[:NAME]", nargs="?", help="a Python file with model() and sample_inputs(); NAME picks another factory")
+    sub.add_argument("--hf", metavar="CONFIG", help="instead of FILE: a Hugging Face causal language model's config.json")
+    sub.add_argument("--batch", type=_positive, default=8, metavar="N", help="with --hf: global batch size (8)")
+    sub.add_argument("--seq", type=_positive, default=1024, metavar="N", help="with --hf: tokens per sequence (1024)")
+
+
+def _plan_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--mesh", required=True, metavar="MESH", help="axes and sizes, outermost first: dp=2,tp=4")
+    sub.add_argument("--cluster", metavar="NAME", help="a preset (see `clusters`) or a profile file; without it, this machine")
+    sub.add_argument("--memory", metavar="SIZE", help="the most one device may hold: 70GiB; without it, what the device has")
+    sub.add_argument("--optimizer", default="adamw", metavar="NAME", help="whose state is counted (adamw)")
+    sub.add_argument("--pin", action="append", default=[], metavar="NAME=PLACEMENTS", help="fix a parameter's placements: wte.weight=S(0),R")
+    sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
+    sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
+    sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
+    sub.add_argument("--strict", action="store_true", help="refuse operations that have no sharding rule")
+    sub.add_argument("--json", metavar="PATH", help="write the plan to this file")
+    sub.add_argument("--all", "--verbose", dest="all", action="store_true", help="every choice, and long tables in full")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return value
+
+
+def _version() -> str:
+    try:
+        return metadata.version("netmind-autopar")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _load(args: argparse.Namespace, *, meta: bool) -> modelfile.Loaded:
+    if bool(args.file) == bool(args.hf):
+        raise InputError("no model is given" if not args.file else "two models are given", why="a model is either FILE or --hf CONFIG",
+                         try_=f"netmind-autopar {args.command} --help")
+    if args.hf:
+        return modelfile.load_hf(args.hf, args.batch, args.seq, meta=meta)
+    return modelfile.load_file(args.file, meta=meta)
+
+
+def _pins(texts: Sequence[str]) -> dict[str, str] | None:
+    """`["wte.weight=S(0),R"]` → `{"wte.weight": "S(0),R"}`."""
+    pins = {}
+    for text in texts:
+        name, equals, placements = text.partition("=")
+        if not (name and equals and placements):
+            raise InputError(f"cannot read the pin {text!r}", why="a pin is a parameter's name, '=' and one placement per mesh axis",
+                             try_="--pin 'wte.weight=S(0),R'")
+        pins[name] = placements
+    return pins or None
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    from . import api
+
+    pins = _pins(args.pin)
+    with _progress() as progress:
+        progress("building the model")
+        loaded = _load(args, meta=True)
+        result = api.plan(loaded.model, loaded.inputs, args.mesh, cluster=args.cluster, memory=args.memory, optimizer=args.optimizer, pins=pins,
+                          random_costs=args.random_costs, time_limit=args.time_limit, gap=args.gap, strict=args.strict, progress=progress)
+    if args.json:
+        result.save(args.json)
+    _show_plan(result, loaded, args.all)
+    return OK
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    plan = Plan.load(args.plan)
+    loaded = _load(args, meta=True) if args.file or args.hf else None
+    _show_plan(plan, loaded, args.all or loaded is None)
+    return OK
+
+
+def _show_plan(plan: Plan, loaded: modelfile.Loaded | None, show_all: bool) -> None:
+    rows = report.parameter_rows(plan, loaded.model.named_parameters()) if loaded else []
+    report.console().print(report.plan_report(plan, loaded.title if loaded else "", rows, show_all=show_all))
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    a, b = Plan.load(args.a), Plan.load(args.b)
+    difference = report.diff_report(a, b, (Path(args.a).name, Path(args.b).name) if Path(args.a).name != Path(args.b).name else (args.a, args.b))
+    report.console().print(difference or "The plans are the same.")
+    return DIFFERS if difference else OK
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from . import api
+
+    plan = Plan.load(args.plan)
+    with _progress() as progress:
+        progress("building the model")
+        loaded = _load(args, meta=False)
+        if args.dtype:
+            loaded = modelfile.cast(loaded, args.dtype)
+        progress(f"running {' × '.join(map(str, plan.sizes))} ranks in lockstep")
+        result = api.verify(loaded.model, loaded.inputs, plan, steps=args.steps)
+    report.console().print(report.verify_report(result))
+    return OK if result.ok else DIFFERS
+
+
+def run_mesh(args: argparse.Namespace) -> int:
+    from .costs.device import make_mesh
+
+    report.console().print(report.mesh_report(make_mesh(args.mesh, cluster=args.cluster)))
+    return OK
+
+
+def run_clusters(args: argparse.Namespace) -> int:
+    from .costs import device
+
+    report.console().print(report.clusters_report(device))
+    return OK
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[..., None]]:
+    """A function that shows what is being done, on stderr and only when that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    with report.console(sys.stderr).status("") as status:
+        yield lambda *text: status.update(" ".join(map(str, text)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except AutoparError as e:
+        if debug_level():
+            raise
+        print(e.render(), file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return BROKEN_PIPE
+    except SystemExit as e:  # --help and --version
+        return e.code if isinstance(e.code, int) else OK
+    except Exception as e:
+        if debug_level():
+            raise
+        text = str(e).strip().splitlines()
+        print(f"netmind-autopar: unexpected {type(e).__name__}: {text[0] if text else ''}  (set AUTOPAR_DEBUG=1 for the traceback)", file=sys.stderr)
+        return DEFECT
+
+
+def _silence(stream: Any) -> None:
+    """Send what is still buffered nowhere, so that the interpreter does not complain about it when it ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Plans as people read them: tables of what is split where, what is sent, what the memory holds and where the time goes."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .ir.plan import Cost, Plan
+from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
+
+BAR = 24  # columns of a full bar
+DIMS = ("rows", "columns")
+PARTS = (("compute", "compute_s"), ("communication", "communication_s"), ("recomputation", "recompute_s"), ("transfers", "transfer_s"))
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """All parameters of one class: `count` of them, one shape, one placement per mesh axis. Bytes are of the whole class."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    placements: tuple[Placement, ...]
+    device_bytes: int
+
+
+def seconds(value: float) -> str:
+    """`12.3 ms`: three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{_digits(value / scale)} {unit}"
+    return "0 s" if value == 0 else f"{_digits(value * 1e9)} ns"
+
+
+def size(value: float) -> str:
+    """`1.25 GiB`: three digits and a binary unit."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{_digits(value / scale)} {unit}"
+    return f"{int(value)} B"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def words(placements: Sequence[Placement], rank: int, axes: Sequence[str]) -> str:
+    """Placements in words: `rows over tp`, `rows over dp × tp`, `dim 2 over tp`, `whole`."""
+    split: dict[int, list[str]] = {}
+    for axis, placement in zip(axes, placements, strict=True):
+        if isinstance(placement, Shard):
+            split.setdefault(placement.dim, []).append(axis)
+    if not split:
+        return "whole"
+    return ", ".join(f"{_dim_word(dim, rank)} over {' × '.join(names)}" for dim, names in sorted(split.items()))
+
+
+def _dim_word(dim: int, rank: int) -> str:
+    if rank == 1:
+        return "split"
+    return DIMS[dim] if rank == 2 else f"dim {dim}"
+
+
+def placements_of(plan: Plan, name: str, rank: int) -> tuple[Placement, ...]:
+    """How a plan stores the parameter with this name: its class is the choice whose `*` stand for the name's numbers."""
+    choice = plan.choices.get(name)
+    if choice is None:
+        wanted = [c for key, c in plan.choices.items() if "*" in key and re.fullmatch(re.escape(key).replace(r"\*", r"\d+"), name)]
+        choice = wanted[0] if wanted else ""
+    symbols = choice.split() or ["-"] * len(plan.mesh)
+    letters = [f"d{i}" for i in range(rank)]
+    return tuple(Shard(letters.index(s)) if s in letters else Replicate() for s in symbols)
+
+
+def parameter_rows(plan: Plan, parameters: Iterable[tuple[str, torch.Tensor]]) -> list[ParameterRow]:
+    """One row per repeated class of parameters: same name but for the block's number, same shape, same placements."""
+    rows: dict[tuple, list[str]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters:
+        tensors[name] = tensor
+        key = (re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name), tuple(tensor.shape), placements_of(plan, name, tensor.dim()))
+        rows.setdefault(key, []).append(name)
+    out = []
+    for (pattern, shape, placements), names in rows.items():
+        spec = plain(shape, tensors[names[0]].dtype, placements)
+        name = pattern if len(names) > 1 else names[0]
+        out.append(ParameterRow(name, len(names), shape, spec.dtype, placements, len(names) * local_bytes(spec, plan.sizes)))
+    return out
+
+
+def plan_report(plan: Plan, title: str = "", rows: Sequence[ParameterRow] = (), *, show_all: bool = False) -> Group:
+    """The whole report. `show_all` adds every choice that the plan file holds and long tables in full."""
+    parts: list[RenderableType] = [_header(plan, title), Text(), _time(plan.cost), Text(), _memory(plan)]
+    if rows:
+        parts += [Text(), _parameters(plan, rows, show_all)]
+    parts += [Text(), _collectives(plan)]
+    if plan.replicated:
+        parts += [Text(), _replicated(plan, show_all)]
+    if show_all:
+        parts += [Text(), _choices(plan)]
+    return Group(*parts)
+
+
+def _table(*columns: str, right: str = "") -> Table:
+    """A plain table; columns named in `right` (separated by commas) hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    for name in columns:
+        number = name in right.split(",")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
+
+
+def _section(title: str, table: Table, hidden: int = 0) -> Group:
+    """A table under its title, and how many of its rows were left out."""
+    more = [Text(f"… {hidden} more with --all", style="dim")] if hidden else []
+    return Group(Text(title, style="bold"), table, *more)
+
+
+def _header(plan: Plan, title: str) -> RenderableType:
+    axes = " × ".join(f"{a.name} {a.size}" for a in plan.mesh)
+    devices = 1
+    for n in plan.sizes:
+        devices *= n
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("plan", Text(title or plan.graph_hash, style="bold") + Text(f" on {devices} device{'s' * (devices > 1)}"))
+    grid.add_row("mesh", f"{axes} ({plan.cluster})")
+    grid.add_row("step", Text(seconds(plan.cost.step_s), style="bold") + Text(" predicted"))
+    limit = f" of {size(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ", no limit"
+    grid.add_row("memory", Text(size(plan.cost.peak_bytes), style="bold") + Text(f" predicted peak per device{limit}"))
+    grid.add_row("solver", _proof(plan))
+    if plan.random_costs is not None:
+        grid.add_row("costs", Text(f"random, seed {plan.random_costs}: the seconds mean nothing", style="yellow"))
+    return grid
+
+
+def _proof(plan: Plan) -> str:
+    if plan.status == "given":
+        return "none: this plan was given, nothing is proven about it"
+    state = "optimal" if plan.status == "optimal" else "best found"
+    spent = f", {seconds(plan.solve_s)}" if plan.solve_s else ""
+    return f"{state}: no plan takes less than {seconds(plan.bound_s)}, gap {plan.gap:.2%} ({plan.solver or 'no ILP needed'}{spent})"
+
+
+def _bar(share: float) -> Text:
+    full = max(0, min(BAR, round(share * BAR)))
+    return Text("█" * full, style="cyan") + Text("·" * (BAR - full), style="dim")
+
+
+def _time(cost: Cost) -> Group:
+    table = _table("", "time", "share", " ", right="time,share")
+    for name, field in PARTS:
+        value = getattr(cost, field)
+        if value or field in ("compute_s", "communication_s"):
+            share = value / cost.step_s if cost.step_s else 0.0
+            table.add_row(name, seconds(value), f"{share:.0%}", _bar(share))
+    return _section("Where the step's time goes", table)
+
+
+def _memory(plan: Plan) -> Group:
+    table = _table("", "size", "share", " ", right="size,share")
+    held = {name: value for name, value in plan.cost.memory if value}
+    total = sum(held.values())
+    for name, value in held.items():
+        label = f"optimizer ({plan.optimizer})" if name == "optimizer" else name
+        table.add_row(label, size(value), f"{value / total:.0%}", _bar(value / total))
+    return _section("Memory per device at the peak", table)
+
+
+def _parameters(plan: Plan, rows: Sequence[ParameterRow], show_all: bool) -> Group:
+    table = _table("", "shape", "stored", "on a device", "bytes", right="bytes")
+    shown = rows if show_all else rows[:40]
+    table.columns[0].min_width = min(34, max(2 * ("*" in r.name) + len(r.name.rpartition("*.")[2]) for r in shown))
+    block = ""
+    for r in shown:
+        prefix, star, rest = r.name.partition("*.")
+        if star and (block != prefix or r is shown[0]):
+            table.add_row(Text(f"{prefix}*", style="bold"), Text(f"{r.count} times", style="dim"), "", "", "")
+        block = prefix if star else ""
+        spec = plain(r.shape, r.dtype, r.placements)
+        stored = words(r.placements, len(r.shape), plan.axis_names)
+        table.add_row("  " + rest if star else r.name, _shape(r.shape), Text(stored, style="" if stored != "whole" else "dim"),
+                      _shape(local_shape(spec, plan.sizes)), size(r.device_bytes))
+    return _section("Parameters (bytes of all repetitions together, on one device)", table, len(rows) - len(shown))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _collectives(plan: Plan) -> RenderableType:
+    if not plan.collectives:
+        return Text("Nothing is sent between devices.")
+    table = _table("collective", "axis", "phase", "times", "bytes", "time", right="times,bytes,time")
+    for c in sorted(plan.collectives, key=lambda c: (-c.seconds, c.kind, c.axis, c.phase)):
+        table.add_row(c.kind.replace("_", "-"), c.axis, c.phase, str(c.count), size(c.bytes), seconds(c.seconds))
+    return _section("What each device sends in a step", table)
+
+
+def _replicated(plan: Plan, show_all: bool) -> Group:
+    table = _table("operation", "×", "time", "where", right="×,time")
+    rows = sorted(plan.replicated, key=lambda r: (-r.seconds, r.op, r.where))
+    for r in rows if show_all else rows[:10]:
+        table.add_row(r.op, str(r.count), seconds(r.seconds), r.where)
+    hidden = 0 if show_all else max(0, len(rows) - 10)
+    return _section("Not split: no sharding rule, so every device computes the whole", table, hidden)
+
+
+def _choices(plan: Plan) -> Group:
+    table = _table("operation", *plan.axis_names)
+    for name, choice in plan.choices.items():
+        table.add_row(name, *choice.split())
+    return _section("Every choice: the letter of the operation's rule that an axis splits", table)
+
+
+def diff_report(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Group | None:
+    """What differs between two plans, or None when nothing does."""
+    if a == b:
+        return None
+    table = _table("", *names)
+    facts = {"graph": [p.graph_hash for p in (a, b)], "mesh": [",".join(f"{x.name}={x.size}" for x in p.mesh) for p in (a, b)],
+             "cluster": [a.cluster, b.cluster], "optimizer": [a.optimizer, b.optimizer],
+             "limit": [size(p.memory_limit_bytes) if p.memory_limit_bytes else "none" for p in (a, b)],
+             "step": [seconds(p.cost.step_s) for p in (a, b)], "communication": [seconds(p.cost.communication_s) for p in (a, b)],
+             "peak": [size(p.cost.peak_bytes) for p in (a, b)]}
+    for name, (left, right) in facts.items():
+        table.add_row(name, left, Text(right, style="bold" if left != right else "dim"))
+    parts: list[RenderableType] = [table]
+    parts += _changes("Choices that differ", a.choices, b.choices, names)
+    sent = [{f"{c.kind} {c.axis} {c.phase}": f"{c.count} × , {size(c.bytes)}, {seconds(c.seconds)}" for c in p.collectives} for p in (a, b)]
+    parts += _changes("Collectives that differ", sent[0], sent[1], names)
+    return Group(*parts)
+
+
+def _changes(title: str, a: Mapping[str, str], b: Mapping[str, str], names: tuple[str, str]) -> list[RenderableType]:
+    different = [key for key in [*a, *(k for k in b if k not in a)] if a.get(key) != b.get(key)]
+    if not different:
+        return []
+    table = _table("", *names)
+    for key in different:
+        table.add_row(key, a.get(key, "—"), b.get(key, "—"))
+    return [Text(), _section(title, table)]
+
+
+def verify_report(report: object) -> Group:
+    """The outcome of `verify`: one line per compared tensor, worst first, and the first operation that differs."""
+    ok = bool(report.ok)  # type: ignore[attr-defined]
+    error = float(report.max_rel_error)  # type: ignore[attr-defined]
+    verdict = Text("the plan computes what the model computes" if ok else "the plan does NOT compute what the model computes",
+                   style="green" if ok else "bold red")
+    parts: list[RenderableType] = [verdict + Text(f": largest relative difference {error:.1e}", style="")]
+    if first := report.first_difference:  # type: ignore[attr-defined]
+        parts.append(Text(f"first operation that differs: {first}"))
+    return Group(*parts)
+
+
+def console(file: IO[str] | None = None, width: int | None = None) -> Console:
+    """A console that writes plain text when its file is not a terminal."""
+    return Console(file=file or sys.stdout, width=width, highlight=False, soft_wrap=False, emoji=False, markup=False)
+
+
+def render(report: RenderableType, width: int = 100) -> str:
+    """The report as plain text, `width` columns wide."""
+    text = io.StringIO()
+    console(text, width).print(report)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
