@@ -1,0 +1,107 @@
+"""Linear programs with whole-number variables, through PuLP. The only importer of pulp.
+
+Two traps that this file exists for: PuLP's `status` says "Optimal" after a time limit (`sol_status` tells the truth), and
+HiGHS returns nothing when `threads` changes within a process, so it is always 1, which also makes runs repeatable.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pulp
+
+from ..ir.errors import SolverError
+
+THREADS = 1
+OPTIMAL, FEASIBLE, INFEASIBLE, UNKNOWN = "optimal", "feasible", "infeasible", "unknown"
+
+
+@dataclass
+class Model:
+    """Minimise cost · v with `low <= row · v <= high` and `0 <= v`. Binary variables are also at most 1."""
+
+    cost: list[float] = field(default_factory=list)
+    binary: list[bool] = field(default_factory=list)
+    rows: list[tuple[dict[int, float], float, float]] = field(default_factory=list)
+
+    def var(self, cost: float = 0.0, binary: bool = False) -> int:
+        self.cost.append(cost)
+        self.binary.append(binary)
+        return len(self.cost) - 1
+
+    def row(self, terms: Mapping[int, float], low: float, high: float) -> None:
+        self.rows.append((dict(terms), low, high))
+
+
+@dataclass(frozen=True)
+class Result:
+    """`values` is None when no solution was found. `bound` is proven: no solution costs less."""
+
+    status: str
+    values: np.ndarray | None
+    objective: float
+    bound: float
+
+
+def solver_name() -> str:
+    """Which solver `solve` uses, with the versions of both layers."""
+    name = "HiGHS" if pulp.HiGHS(msg=False).available() else "CBC"
+    version = importlib.metadata.version("highspy") if name == "HiGHS" else ""
+    return f"{name} {version}".strip() + f" (PuLP {importlib.metadata.version('PuLP')})"
+
+
+def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False) -> Result:
+    """Solve to a relative `gap` within `time_limit` seconds. CBC is used when HiGHS is missing or `cbc` is set."""
+    if not model.cost:
+        return Result(OPTIMAL, np.zeros(0), 0.0, 0.0)
+    problem, variables = _to_pulp(model)
+    highs = not cbc and pulp.HiGHS(msg=False).available()
+    if highs:
+        solver = pulp.HiGHS(msg=False, threads=THREADS, timeLimit=max(time_limit, 0.1), gapRel=gap, gapAbs=0.0, random_seed=0)
+    else:
+        solver = pulp.PULP_CBC_CMD(msg=False, threads=THREADS, timeLimit=max(time_limit, 1.0), gapRel=gap)
+    try:
+        problem.solve(solver)
+    except (pulp.PulpSolverError, IndexError) as e:  # IndexError: PuLP reads values that an infeasible HiGHS model does not have
+        if highs and problem.solverModel is not None and str(problem.solverModel.getModelStatus()).endswith("Infeasible"):
+            return Result(INFEASIBLE, None, math.inf, math.inf)
+        raise SolverError("the ILP solver failed", why=str(e), try_="raise time_limit, or reinstall highspy") from None
+    return _result(problem, variables, highs, model, gap)
+
+
+def _to_pulp(model: Model) -> tuple[pulp.LpProblem, list[pulp.LpVariable]]:
+    problem = pulp.LpProblem("autopar", pulp.LpMinimize)
+    kinds = (pulp.LpContinuous, pulp.LpBinary)
+    variables = [pulp.LpVariable(f"v{i}", 0, None if not b else 1, kinds[b]) for i, b in enumerate(model.binary)]
+    problem.addVariables(variables)
+    problem.setObjective(pulp.LpAffineExpression([(v, c) for v, c in zip(variables, model.cost, strict=True) if c]))
+    for i, (terms, low, high) in enumerate(model.rows):
+        body = pulp.LpAffineExpression([(variables[j], a) for j, a in terms.items() if a])
+        if low == high:
+            problem.addConstraint(pulp.LpConstraint(body, pulp.LpConstraintEQ, rhs=low), f"e{i}")
+            continue
+        if high < math.inf:
+            problem.addConstraint(pulp.LpConstraint(body, pulp.LpConstraintLE, rhs=high), f"u{i}")
+        if low > -math.inf:
+            problem.addConstraint(pulp.LpConstraint(body, pulp.LpConstraintGE, rhs=low), f"l{i}")
+    return problem, variables
+
+
+def _result(problem: pulp.LpProblem, variables: list[pulp.LpVariable], highs: bool, model: Model, gap: float) -> Result:
+    if problem.sol_status == pulp.LpSolutionInfeasible:
+        return Result(INFEASIBLE, None, math.inf, math.inf)
+    bound = -math.inf
+    info = problem.solverModel.getInfo() if highs else None
+    if info is not None:
+        bound = info.mip_dual_bound if any(model.binary) else info.objective_function_value
+    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return Result(UNKNOWN, None, math.inf, bound)
+    values = np.array([v.varValue or 0.0 for v in variables])
+    objective = float(np.dot(values, model.cost))
+    if not highs:  # CBC through PuLP tells no bound: only what an optimal end implies
+        bound = objective - gap * abs(objective) if problem.sol_status == pulp.LpSolutionOptimal else -math.inf
+    return Result(OPTIMAL if problem.sol_status == pulp.LpSolutionOptimal else FEASIBLE, values, objective, min(bound, objective))

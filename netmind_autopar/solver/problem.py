@@ -1,0 +1,187 @@
+"""What the solver sees, and nothing of torch: nodes with strategies, values that move between them, bytes, a limit.
+
+A node chooses one strategy. A value is produced by a node in a layout ("source state") that follows from that choice and is
+taken by consumers in layouts ("target states") that follow from theirs. Converting state p to state q costs `seconds[p, q]`,
+once for all consumers of one group that want q: all consumers when p holds Partial sums (`shared`), else those of one phase.
+
+Nodes and values are *folded*: one of them stands for `count` equal ones in the program (the layers of a model), which differ
+only in the moments at which they live. A moment is the position of an op in the step; memory at a moment is what its op
+reads, writes, and what lies waiting:
+
+    resident     parameters and optimizer state: always
+    the value    from its production until the last consumer that takes it as it is lets go of it, and until the last
+                 conversion made from it
+    a copy       per group and target state: from its first consumer's moment until its last consumer lets go
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+FORWARD, BACKWARD = 0, 1
+Choice = tuple[int, ...]  # one strategy index per node
+
+
+@dataclass(frozen=True)
+class Node:
+    """One decision. `seconds[k]` is the compute time of all its instances, `resident[k]` their bytes that always live."""
+
+    name: str
+    labels: tuple[str, ...]
+    seconds: np.ndarray
+    resident: np.ndarray
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A taker of a value: `state[k]` is the target state that strategy k of `node` expects."""
+
+    node: int
+    state: np.ndarray
+    phase: int
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A value of `node`, converted for each of its consumers.
+
+    state[k]          source state under strategy k of `node`
+    seconds[p, q]     of one conversion; inf where there is none
+    same[p, q]        True where both states are one layout: no copy is made
+    shared[p]         True where a conversion from p serves both phases
+    bytes[p], copy_bytes[q]   of one instance in a source state, and of a copy in a target state
+    produced[i]       the moment at which instance i is produced
+    used[i, t], held[i, t]    when consumer t of instance i takes it, and when it lets go (views hold their base)
+    """
+
+    name: str
+    node: int
+    state: np.ndarray
+    consumers: tuple[Consumer, ...]
+    seconds: np.ndarray
+    same: np.ndarray
+    shared: np.ndarray
+    bytes: np.ndarray
+    copy_bytes: np.ndarray
+    produced: np.ndarray
+    used: np.ndarray
+    held: np.ndarray
+    kind: str = "activation"
+
+    @property
+    def count(self) -> int:
+        return len(self.produced)
+
+    def groups(self, p: int) -> list[list[int]]:
+        """The consumers that share conversions when the source state is p, as positions in `consumers`."""
+        if self.shared[p]:
+            return [list(range(len(self.consumers)))]
+        by_phase = [[t for t, c in enumerate(self.consumers) if c.phase == phase] for phase in (FORWARD, BACKWARD)]
+        return [group for group in by_phase if group]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Minimise seconds subject to `limit_bytes` at each of the moments 0 … moments-1.
+
+    `savings` and `transfers` are where recomputation and offloading will list what may be dropped or moved; both are empty
+    until then, and nothing reads them.
+    """
+
+    nodes: tuple[Node, ...]
+    values: tuple[Value, ...]
+    moments: int = 1
+    fixed_bytes: int = 0
+    limit_bytes: int | None = None
+    savings: tuple[object, ...] = field(default=())
+    transfers: tuple[object, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One conversion that a choice needs: value, consumers served, source and target state, seconds of all instances."""
+
+    value: int
+    consumers: tuple[int, ...]
+    p: int
+    q: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes that live in [start[i], end[i]], for every instance i. `target` is -1 for the value itself, else the copy's state."""
+
+    value: int
+    bytes: int
+    start: np.ndarray
+    end: np.ndarray
+    target: int
+    consumers: tuple[int, ...]
+
+
+def wanted(value: Value, choice: Sequence[int]) -> tuple[int, list[tuple[int, list[int]]]]:
+    """The source state under `choice`, and per group and distinct target state the consumers that want it."""
+    p = int(value.state[choice[value.node]])
+    out: list[tuple[int, list[int]]] = []
+    for group in value.groups(p):
+        by_state: dict[int, list[int]] = {}
+        for t in group:
+            consumer = value.consumers[t]
+            by_state.setdefault(int(consumer.state[choice[consumer.node]]), []).append(t)
+        out.extend(by_state.items())
+    return p, out
+
+
+def conversions(problem: Problem, choice: Sequence[int]) -> Iterator[Conversion]:
+    """Every conversion that `choice` needs, free ones between different layouts included."""
+    for v, value in enumerate(problem.values):
+        p, targets = wanted(value, choice)
+        for q, takers in targets:
+            if not value.same[p, q]:
+                yield Conversion(v, tuple(takers), p, q, float(value.seconds[p, q]) * value.count)
+
+
+def seconds(problem: Problem, choice: Sequence[int]) -> float:
+    """The objective: compute and conversions, in seconds; inf when a conversion is impossible."""
+    total = sum(float(node.seconds[k]) for node, k in zip(problem.nodes, choice, strict=True))
+    for value in problem.values:
+        p, targets = wanted(value, choice)
+        total += value.count * sum(float(value.seconds[p, q]) for q, _ in targets)
+    return total
+
+
+def items(problem: Problem, choice: Sequence[int]) -> Iterator[Item]:
+    """Every stretch of memory under `choice`, besides what is fixed or resident."""
+    for v, value in enumerate(problem.values):
+        p, targets = wanted(value, choice)
+        end = value.produced.copy()
+        for q, takers in targets:
+            start, last = value.used[:, takers].min(axis=1), value.held[:, takers].max(axis=1)
+            end = np.maximum(end, last if value.same[p, q] else start)
+            if not value.same[p, q]:
+                yield Item(v, int(value.copy_bytes[q]), start, last, q, tuple(takers))
+        yield Item(v, int(value.bytes[p]), value.produced, end, -1, ())
+
+
+def resident_bytes(problem: Problem, choice: Sequence[int]) -> int:
+    return problem.fixed_bytes + sum(int(node.resident[k]) for node, k in zip(problem.nodes, choice, strict=True))
+
+
+def profile(problem: Problem, choice: Sequence[int]) -> np.ndarray:
+    """Bytes of the fullest device at every moment, `[moments]`."""
+    steps = np.zeros(problem.moments + 1, np.int64)
+    for item in items(problem, choice):
+        np.add.at(steps, item.start, item.bytes)
+        np.subtract.at(steps, item.end + 1, item.bytes)
+    return np.cumsum(steps[:-1]) + resident_bytes(problem, choice)
+
+
+def evaluate(problem: Problem, choice: Sequence[int]) -> tuple[float, int, int]:
+    """(seconds, peak bytes, first moment of the peak) of one choice, counted out exactly and independently of any ILP."""
+    memory = profile(problem, choice)
+    moment = int(memory.argmax())
+    return seconds(problem, choice), int(memory[moment]), moment

@@ -1,0 +1,77 @@
+"""The solver against exhaustive search, its certificate, its determinism and its limits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from netmind_autopar.solver.problem import Consumer, Node, Problem, Value, evaluate
+from netmind_autopar.solver.shard import solve_ilp
+
+
+def brute_force(problem: Problem) -> tuple[float, tuple[int, ...] | None]:
+    """The cheapest choice within the limit, by trying all."""
+    best, found = math.inf, None
+    for choice in itertools.product(*(range(len(node.labels)) for node in problem.nodes)):
+        cost, peak, _ = evaluate(problem, choice)
+        if cost < best and (problem.limit_bytes is None or peak <= problem.limit_bytes):
+            best, found = cost, choice
+    return best, found
+
+
+def smallest_peak(problem: Problem) -> int:
+    choices = itertools.product(*(range(len(node.labels)) for node in problem.nodes))
+    found = [evaluate(problem, c) for c in choices]
+    return min(peak for cost, peak, _ in found if cost < math.inf)
+
+
+def random_problem(seed: int, nodes: int = 6) -> Problem:
+    """A random DAG: shared groups, both phases, folded values, impossible conversions, states that are one layout."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 4, nodes)
+    made = tuple(Node(f"n{i}", tuple(map(str, range(k))), rng.integers(0, 20, k) * 1e-3, rng.integers(0, 5, k))
+                 for i, k in enumerate(sizes))
+    values = []
+    for i in range(nodes - 1):
+        p, q, count = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        takers = sorted(rng.choice(np.arange(i, nodes), size=min(nodes - i, int(rng.integers(1, 4))), replace=False).tolist())
+        consumers = tuple(Consumer(t, rng.integers(0, q, sizes[t]), int(rng.integers(0, 2))) for t in takers)
+        seconds = rng.integers(0, 30, (p, q)) * 1e-3
+        same = rng.random((p, q)) < 0.2
+        seconds[same] = 0
+        seconds[(rng.random((p, q)) < 0.05) & ~same] = math.inf
+        produced = np.array([i * 2 + 14 * c for c in range(count)])
+        used = produced[:, None] + 1 + np.array([2 * (t - i) for t in takers])[None, :]
+        held = used + rng.integers(0, 3, used.shape)
+        values.append(Value(f"v{i}", i, rng.integers(0, p, sizes[i]), consumers, seconds, same, rng.random(p) < 0.4,
+                            rng.integers(0, 40, p), rng.integers(0, 40, q), produced, used, held))
+    return Problem(made, tuple(values), moments=32, fixed_bytes=3)
+
+
+def limited(problem: Problem, seed: int) -> Problem:
+    """With a limit somewhere between the least possible peak and the peak of the unlimited optimum (when they differ)."""
+    best, choice = brute_force(problem)
+    if choice is None:
+        return problem
+    low, high = smallest_peak(problem), evaluate(problem, choice)[1]
+    limit = int(np.random.default_rng(seed).integers(low, max(high, low + 1)))
+    return Problem(problem.nodes, problem.values, problem.moments, problem.fixed_bytes, limit)
+
+
+@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("binding", [False, True])
+def test_ilp_equals_brute_force(seed, binding):
+    problem = random_problem(seed)
+    if binding:
+        problem = limited(problem, seed)
+    best, _ = brute_force(problem)
+    found = solve_ilp(problem, [range(len(n.labels)) for n in problem.nodes], time_limit=20, gap=1e-6, scale=0.05)
+    if best == math.inf:
+        assert found.choice is None and found.status == "infeasible"
+        return
+    assert found.seconds == pytest.approx(best, rel=1e-6, abs=1e-12) and found.status == "optimal"
+    assert found.bound <= best * (1 + 1e-9)
+    assert problem.limit_bytes is None or evaluate(problem, found.choice)[1] <= problem.limit_bytes
