@@ -1,0 +1,55 @@
+"""Arguments of a lowered graph that differ from rank to rank: held as a formula, bound when a device loads the graph.
+
+    Local("shape", "f32[7,16] S(0)")              the local shape: [4, 16] on one device, [3, 16] on the next
+    Local("start", "f32[(7 16)] S(0.0)", (0,))    where the local piece of part 0 begins
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from .spec import is_even, local_parts, local_shape, parse_spec, part_start
+
+
+@dataclass(frozen=True)
+class Local:
+    """what: "shape", "lengths", "starts" (lists over dims or parts of the spec), "size" or "start" (of the product of `parts`).
+
+    A size or start is multiplied by `times`, and repeated into a list of `repeat` elements when that is not 0.
+    """
+
+    what: str
+    spec: str
+    parts: tuple[int, ...] = ()
+    times: int = 1
+    repeat: int = 0
+
+    def at(self, sizes: tuple[int, ...], coord: tuple[int, ...]) -> Any:
+        """The value on the device at `coord` of a mesh with these axis sizes."""
+        spec = parse_spec(self.spec)
+        if self.what == "shape":
+            return list(local_shape(spec, sizes, coord))
+        if self.what == "lengths":
+            return list(local_parts(spec, sizes, coord))
+        if self.what == "starts":
+            return [part_start(spec, sizes, coord, i) for i in range(len(spec.parts))]
+        if self.what == "size":
+            lengths = local_parts(spec, sizes, coord)
+            value = math.prod(lengths[i] for i in self.parts) * self.times
+        else:
+            value = math.prod(part_start(spec, sizes, coord, i) for i in self.parts) * self.times
+        return [value] * self.repeat if self.repeat else value
+
+    def folded(self, sizes: tuple[int, ...]) -> Any:
+        """The value itself when all devices agree on it, else this formula."""
+        varies = self.what.startswith("start") or not is_even(parse_spec(self.spec), sizes)
+        return self if varies else self.at(sizes, (0,) * len(sizes))
+
+
+def resolve(args: Any, sizes: tuple[int, ...], coord: tuple[int, ...]) -> Any:
+    """Replace every `Local` in nested arguments by its value at `coord`."""
+    return fx.node.map_aggregate(args, lambda a: a.at(sizes, coord) if isinstance(a, Local) else a)

@@ -1,0 +1,189 @@
+"""Write a lowered program as Python: one file for all ranks, the code that runs is the code one reads.
+
+The file defines `build(place)`. It binds what differs from rank to rank (collectives, local sizes, device) and returns
+`forward(*inputs) -> (results, saved)` and `backward(saved, *tangents) -> gradients`. Every name is deleted after its last use,
+so that memory is freed when the plan says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.errors import GraphError
+from ..ir.local import Local
+from ..ir.plan import Plan
+from ..ir.program import Program, is_getitem, source, tensor_args
+from ..runtime.collectives import bucket, move
+
+HEADER = '''"""Emitted by netmind-autopar. Mesh {mesh}, plan {plan}, graph {graph}. One file for every rank."""
+
+import torch
+
+from netmind_autopar import kernels as autopar
+
+aten = torch.ops.aten
+inf, nan = float("inf"), float("nan")
+'''
+
+
+@dataclass
+class _Writer:
+    """Collects the constants that `build` binds, one name for each distinct thing."""
+
+    axes: tuple[str, ...]
+    constants: dict[str, str] = field(default_factory=dict)  # expression → name
+    count: dict[str, int] = field(default_factory=dict)
+
+    def bind(self, stem: str, expression: str) -> str:
+        if expression not in self.constants:
+            n = self.count.get(stem, 0)
+            self.count[stem] = n + 1
+            self.constants[expression] = f"{stem}_{n}"
+        return self.constants[expression]
+
+
+def emit(program: Program, plan: Plan, *, inference: bool = False) -> str:
+    """Source text of one lowered program. With `inference`, forward alone, saving nothing."""
+    writer = _Writer(plan.axis_names)
+    forward, backward = split_phases(program)
+    kept = [] if inference else saved_nodes(program, forward, backward)
+    results = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role != "grad"]
+    grads = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad"]
+    inputs = [program.node(i.node) for i in program.inputs if i.role != "tangent"]
+    tangents = [program.node(i.node) for i in program.inputs if i.role == "tangent"]
+    parts = [_function("forward", inputs, forward, results, kept, writer, program)]
+    if not inference:
+        parts.append(_backward(kept, tangents, backward, grads, writer, program))
+    head = HEADER.format(mesh=",".join(f"{a.name}={a.size}" for a in plan.mesh), plan=plan.hash(), graph=plan.graph_hash)
+    bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
+    names = "forward" if inference else "forward, backward"
+    return "\n".join([head, "", "def build(place):", '    """Bind rank, process groups and device."""', "    device = place.device", *bound, "", *parts, f"    return {names}", ""])
+
+
+def split_phases(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The ops of forward and of backward, in order. Raises GraphError when forward needs backward."""
+    forward = [n for n in program.graph.nodes if n.op in ("call_function", "get_attr") and n.meta["phase"] == "forward"]
+    backward = [n for n in program.graph.nodes if n.op in ("call_function", "get_attr") and n.meta["phase"] == "backward"]
+    late = set(backward) | {program.node(i.node) for i in program.inputs if i.role == "tangent"}
+    for node in forward:
+        if wrong := next((a for a in tensor_args(node) if a in late), None):
+            raise GraphError(f"{node.name} of forward needs {wrong.name} of backward", where=node.meta.get("where", ""))
+    return forward, backward
+
+
+def saved_nodes(program: Program, forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> list[fx.Node]:
+    """What forward hands to backward: values and inputs that backward or a gradient output takes."""
+    early = {*forward, *(program.node(i.node) for i in program.inputs if i.role != "tangent")}
+    takers = [*backward]
+    grads = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad"]
+    wanted = {a for node in takers for a in tensor_args(node)} | {n for n in grads if n is not None}
+    return [n for n in program.graph.nodes if n in early and n in wanted and not isinstance(n.meta["val"], (tuple, list))]
+
+
+def _results(program: Program) -> list[fx.Node]:
+    return tensor_args(next(n for n in program.graph.nodes if n.op == "output"))
+
+
+def _function(name: str, inputs: Sequence[fx.Node], body: Sequence[fx.Node], results: Sequence[fx.Node], kept: Sequence[fx.Node],
+              writer: _Writer, program: Program) -> str:
+    lines = [f"    def {name}({', '.join(n.name for n in inputs)}):"]
+    lines += _body(body, [*results, *kept], writer, program, inputs)
+    saved = ", ".join(n.name for n in kept)
+    lines.append(f"        return ({_tuple(results)}), [{saved}]")
+    return "\n".join([*lines, ""])
+
+
+def _backward(kept: Sequence[fx.Node], tangents: Sequence[fx.Node], body: Sequence[fx.Node], grads: Sequence[fx.Node], writer: _Writer,
+              program: Program) -> str:
+    lines = [f"    def backward({', '.join(['saved', *(n.name for n in tangents)])}):"]
+    if kept:
+        lines += [f"        ({_tuple(kept)}) = saved", "        saved.clear()"]
+    lines += _body(body, grads, writer, program, [*kept, *tangents])
+    lines.append(f"        return ({_tuple(grads)})")
+    return "\n".join([*lines, ""])
+
+
+def _tuple(nodes: Iterable[fx.Node]) -> str:
+    return "".join(f"{n.name}, " for n in nodes).rstrip(" ")
+
+
+def _body(body: Sequence[fx.Node], kept: Sequence[fx.Node], writer: _Writer, program: Program, given: Sequence[fx.Node]) -> list[str]:
+    """One line per op, one `del` after the last use of each name."""
+    inside, last = set(body), {}
+    for node in body:
+        for arg in tensor_args(node):
+            last[arg] = node
+    keep = set(kept)
+    free: dict[fx.Node, list[str]] = {}
+    for value, user in last.items():
+        if value not in keep and (value in inside or value in given):
+            free.setdefault(user, []).append(value.name)
+    lines: list[str] = []
+    module = None
+    for node in body:
+        if node.meta.get("module", "") != module:
+            module = node.meta.get("module", "")
+            lines.append(f"        # {module or 'model'}")
+        dead = free.get(node, [])
+        if node not in last and node not in keep:
+            dead = [*dead, node.name]
+        lines.append(f"        {node.name} = {_call(node, writer)}{_comment(node, program)}")
+        if dead:
+            lines.append(f"        del {', '.join(dead)}")
+    return lines
+
+
+def _comment(node: fx.Node, program: Program) -> str:
+    producer, index = source(node)
+    spec = program.specs.get(producer.name)
+    shown = spec[index] if isinstance(spec, tuple) and is_getitem(node) else spec
+    where = node.meta.get("where", "").split("  ")[0]
+    text = "   ".join(t for t in ("" if isinstance(shown, tuple) or shown is None else str(shown), where) if t)
+    return f"  # {text}" if text else ""
+
+
+def _call(node: fx.Node, writer: _Writer) -> str:
+    if node.op == "get_attr":
+        return writer.bind("constant", f"place.constant({node.target!r})")
+    if is_getitem(node):
+        return f"{_text(node.args[0], writer)}[{node.args[1]}]"
+    if node.target is move:
+        x, kind, axis, before, after = node.args
+        return f"{writer.bind(kind, f'place.move({kind!r}, {writer.axes[axis]!r}, {before!r}, {after!r})')}({x.name})"
+    if node.target is bucket:
+        tensors, axis, op = node.args
+        specs = ", ".join(repr(node.meta["specs"][i]) for i in range(len(tensors)))
+        name = writer.bind("bucket", f"place.bucket({writer.axes[axis]!r}, {op!r}, [{specs}])")
+        return f"{name}([{', '.join(t.name for t in tensors)}])"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise GraphError(f"cannot emit a call of {node.target}", where=node.meta.get("where", ""))
+    args = [_text(a, writer) for a in node.args]
+    kwargs = [f"{k}={_text(v, writer)}" for k, v in node.kwargs.items() if k not in ("device", "pin_memory")]
+    if any(a.name == "device" for a in node.target._schema.arguments):
+        kwargs.append("device=device")
+    namespace, _, op = str(node.target).partition(".")
+    if namespace == "autopar":  # called as the plain function it is: nothing here needs the dispatcher
+        op = op.removesuffix(".default")
+    return f"{namespace}.{op}({', '.join([*args, *kwargs])})"
+
+
+def _text(value: Any, writer: _Writer) -> str:
+    """An argument as source text."""
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, Local):
+        return writer.bind(f"local_{value.what}", f"place.local({value.what!r}, {value.spec!r}, {value.parts}, {value.times}, {value.repeat})")
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_text(v, writer) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if value else "()"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, torch.device):
+        return "device"
+    return repr(value) if isinstance(value, (int, float, str, bool, complex)) or value is None else str(value)

@@ -1,0 +1,87 @@
+"""From a captured program and a plan to the program one device runs: the passes, in order, and the check between them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..costs.comm import Conversions
+from ..ir import flags
+from ..ir.errors import GraphError
+from ..ir.mesh import Mesh
+from ..ir.plan import Plan
+from ..ir.program import Program, source, tensor_args
+from ..ir.spec import Spec, same_layout
+from ..rules.algebra import Rule, Strategy
+from ..solver.solve import choices_to_strategies
+from .bucket import bucket_gradients
+from .localize import localize
+from .reshard import insert_reshards
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What every pass may read besides the program: the plan, the rules, one strategy per node, and the price of moves."""
+
+    plan: Plan
+    rules: Mapping[str, Rule]
+    strategies: Mapping[str, Strategy]
+    conversions: Conversions
+    sizes: tuple[int, ...]
+
+
+Pass = Callable[[Program, Lowering], Program]
+
+PASSES: tuple[Pass, ...] = (
+    localize,  # first: every op works on local shapes and says which specs it takes and gives
+    insert_reshards,  # then every edge whose two specs differ gets its collectives
+    bucket_gradients,  # last: only now the gradients' all-reduces stand in the graph
+)
+
+
+def lower(program: Program, rules: Mapping[str, Rule], plan: Plan, mesh: Mesh) -> Program:
+    """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
+    strategies = choices_to_strategies(program, rules, plan)
+    context = Lowering(plan, rules, strategies, Conversions(mesh, plan.random_costs), mesh.sizes)
+    for step in PASSES:
+        before = program
+        program = step(program, context)
+        check(program, context.sizes, edges=step is not localize)
+        flags.debug(3, _diff(step.__name__, before, program))
+    return program
+
+
+def check(program: Program, sizes: tuple[int, ...], *, edges: bool = True) -> None:
+    """The graph is well formed, every value has a spec and, with `edges`, every consumer gets the spec it expects.
+
+    Raises GraphError that names the node: specs live in one place, and a pass that breaks one is caught here.
+    """
+    program.graph.lint()
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "call_function") and source(node)[0] is node and node.name not in program.specs:
+            raise GraphError(f"no spec for {node.name}", where=node.meta.get("where", ""))
+        if not edges or (node.op != "output" and source(node)[0] is not node):
+            continue
+        expected = program.expects.get(node.name, ())
+        found = tensor_args(node)
+        if node.op != "placeholder" and len(expected) != len(found):
+            raise GraphError(f"{node.name} takes {len(found)} tensors and expects {len(expected)}", where=node.meta.get("where", ""))
+        for arg, want in zip(found, expected, strict=False):
+            have = spec_of(program.specs, arg)
+            if have is None or have.dtype != want.dtype or not same_layout(have, want, sizes):
+                raise GraphError(f"{node.name} expects {arg.name} as {want}, it is {have}", where=node.meta.get("where", ""))
+
+
+def spec_of(specs: Mapping[str, Spec | tuple[Spec | None, ...]], node) -> Spec | None:
+    """The spec of the value that a node stands for; `getitem` nodes are looked through."""
+    producer, index = source(node)
+    spec = specs[producer.name]
+    return spec[index] if isinstance(spec, tuple) else spec
+
+
+def _diff(name: str, before: Program, after: Program) -> str:
+    if flags.debug_level() < 3 or before is after:
+        return f"pass {name}: nothing changed" if before is after else ""
+    old, new = (str(p.graph).splitlines() for p in (before, after))
+    return f"pass {name}\n" + "\n".join(difflib.unified_diff(old, new, lineterm="", n=0))

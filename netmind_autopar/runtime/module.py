@@ -1,0 +1,291 @@
+"""The distributed trainable module: DTensor parameters under the original names around the emitted code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Partial as TorchPartial
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+
+from ..ir.errors import AutoparError, InputError, ShapeError
+from ..ir.plan import Plan
+from ..ir.program import Input, Output, Program, Signature
+from ..ir.spec import Partial, Shard, Spec, local_shape, shard
+from .collectives import ProcessWire
+from .place import Place, load
+
+
+@dataclass(frozen=True)
+class Executable:
+    """What a device needs to run a plan: sources, the meaning of the program's ends, and their specs. No tracer, no solver."""
+
+    source: str
+    inference_source: Callable[[], str]
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    input_specs: tuple[Spec, ...]
+    output_specs: tuple[Spec, ...]
+    signature: Signature
+    constants: Mapping[str, Tensor]
+    tied: Mapping[str, str]
+    training: bool
+
+    @classmethod
+    def of(cls, lowered: Program, source: str, inference_source: Callable[[], str], *, training: bool) -> Executable:
+        """From a lowered program: `specs` of its placeholders, `expects` of its results."""
+        specs = tuple(lowered.specs[i.node] for i in lowered.inputs)
+        return cls(source, inference_source, lowered.inputs, lowered.outputs, specs, lowered.expects["output"],  # type: ignore[arg-type]
+                   lowered.signature, lowered.constants, lowered.tied, training)
+
+
+class ParallelModule(nn.Module):
+    """The original model running on every device of a mesh; takes and returns what the original does, with global meaning.
+
+    Parameters are DTensors, buffers whole tensors. Parameters and buffers start as rank 0's. Call it on all ranks alike.
+    """
+
+    def __init__(self, executable: Executable, model: nn.Module, plan: Plan, device_mesh: DeviceMesh, *, gather_outputs: bool = False) -> None:
+        super().__init__()
+        self._executable, self._plan, self._mesh, self._gather = executable, plan, device_mesh, gather_outputs
+        sizes, coord = tuple(device_mesh.shape), tuple(device_mesh.get_coordinate() or ())
+        groups = [device_mesh.get_group(axis).group_name for axis in range(len(sizes))]
+        device = _device(device_mesh)
+        self._place = Place(plan.axis_names, sizes, coord, device, ProcessWire(groups, sizes, coord), executable.constants)
+        self._forward, self._backward = load(executable.source, self._place)
+        self._infer: Callable[..., Any] | None = None
+        self._roles = _Roles(executable)
+        self._adopt(model, sizes, coord, device)
+        self.train(executable.training)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that runs."""
+        return self._plan
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes this device has sent so far, by "collective over axis"."""
+        return {f"{wire} over {self._plan.axis_names[axis]}": n for (wire, axis), n in sorted(self._place.wire.sent.items())}
+
+    def code(self) -> str:
+        """The emitted Python source, the same on every rank."""
+        return self._executable.source
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's forward. Raises ShapeError for inputs unlike those planned for."""
+        self._check_mode()
+        tensors = self._user_inputs(args, kwargs)
+        owners = [self._tensor_of(item, tensors) for item in self._roles.leading]
+        results = _Step.apply(self, *owners)
+        leaves: list[Any] = [None] * self._roles.leaves
+        for out, value in zip(self._roles.results, results, strict=True):
+            if out.role == "mutation":
+                with torch.no_grad():
+                    self.get_buffer(out.name).copy_(value)
+            else:
+                leaves[out.index] = value.full_tensor() if self._gather and isinstance(value, DTensor) else value
+        return self._executable.signature.unpack(leaves)
+
+    def _check_mode(self) -> None:
+        depends = any(i.role == "seed" for i in self._executable.inputs) or any(o.role == "mutation" for o in self._executable.outputs)
+        if depends and self.training != self._executable.training:
+            had, now = ("train", "eval") if self._executable.training else ("eval", "train")
+            raise InputError(f"the module was captured in {had} mode and is called in {now} mode",
+                             why="dropout and batch norm compute something else there, so it needs a graph of its own",
+                             try_=f"call autoparallelize again after model.{now}() and load this module's state_dict into it")
+
+    def _user_inputs(self, args: tuple, kwargs: dict) -> list[Tensor]:
+        given = self._executable.signature.pack(args, kwargs)
+        out: list[Tensor] = []
+        for item, spec, value in zip(self._roles.users, self._roles.user_specs, given, strict=True):
+            if isinstance(value, DTensor):
+                value = value.full_tensor() if spec == spec.replicated else value.to_local()
+            want = local_shape(spec, self._place.sizes, self._place.coord)
+            if tuple(value.shape) != want or value.dtype != spec.dtype:
+                raise ShapeError(f"the input {item.name!r} is {_show(value.shape, value.dtype)}, the plan was made for {_show(want, spec.dtype)}",
+                                 why="a plan fixes every shape",
+                                 try_="pad the batch to the planned shape, or call autoparallelize with sample inputs of this shape")
+            out.append(value.to(self._place.device))
+        return out
+
+    def _tensor_of(self, item: Input, users: list[Tensor]) -> Tensor:
+        if item.role == "param":
+            return self.get_parameter(item.name)
+        if item.role == "buffer":
+            return self.get_buffer(item.name)
+        if item.role == "seed":
+            return self._draw_seed()
+        return users[item.index]
+
+    def _draw_seed(self) -> Tensor:
+        """The step's random seed: rank 0's torch generator decides, so that `torch.manual_seed` governs every mesh alike."""
+        seed = torch.randint(0, 2**62, (), dtype=torch.int64).to(self._place.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(seed, src=0)
+        return seed
+
+    def _adopt(self, model: nn.Module, sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device) -> None:
+        """Take over the model's parameters (local pieces) and buffers (whole) under their names; rank 0's values count."""
+        parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers(remove_duplicate=False))
+        specs = {i.name: s for i, s in zip(self._executable.inputs, self._executable.input_specs, strict=True) if i.role == "param"}
+        hidden = {f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set}
+        adopted: dict[str, nn.Parameter] = {}
+        seen: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            first = seen.setdefault(id(parameter), name)
+            if first not in adopted:
+                spec = specs.get(name) or specs.get(self._executable.tied.get(name, name))
+                adopted[first] = self._distribute(name, parameter, spec, sizes, coord, device)
+            _attach(self, name, adopted[first], persistent=True)
+        for name, buffer in buffers.items():
+            _attach(self, name, _broadcast(name, buffer, device), persistent=name not in hidden)
+
+    def _distribute(self, name: str, parameter: Tensor, spec: Spec | None, sizes: tuple[int, ...], coord: tuple[int, ...],
+                    device: torch.device) -> nn.Parameter:
+        full = _broadcast(name, parameter, device)
+        if spec is None:  # a parameter that the computation never uses
+            local, placements = full, [TorchReplicate()] * len(sizes)
+        else:
+            local, placements = shard(full, spec, sizes, coord).clone(), torch_placements(spec)
+        return nn.Parameter(as_dtensor(local, self._mesh, placements, full.shape), requires_grad=parameter.requires_grad)
+
+
+class _Roles:
+    """The ends of the program, sorted once."""
+
+    def __init__(self, e: Executable) -> None:
+        pairs = list(zip(e.inputs, e.input_specs, strict=True))
+        users = sorted((p for p in pairs if p[0].role == "input"), key=lambda p: p[0].index)
+        self.users, self.user_specs = [i for i, _ in users], [s for _, s in users]
+        self.leading = [i for i in e.inputs if i.role != "tangent"]
+        self.leading_specs = [s for i, s in pairs if i.role != "tangent"]
+        self.tangents = [(i, s) for i, s in pairs if i.role == "tangent"]
+        ends = list(zip(e.outputs, e.output_specs, strict=True))
+        self.results = [o for o, _ in ends if o.role != "grad"]
+        self.result_specs = [s for o, s in ends if o.role != "grad"]
+        self.leaves = 1 + max((o.index for o in self.results if o.role == "output"), default=-1)
+        order = {(i.name, i.role == "param"): k for k, i in enumerate(self.leading) if i.role in ("param", "input")}
+        self.grad_slots = [order.get((o.name, True), order.get((o.name, False))) for o, _ in ends if o.role == "grad"]
+
+
+class _Step(torch.autograd.Function):
+    """One training step of the emitted code as a single autograd node; autograd never sees a collective."""
+
+    @staticmethod
+    def forward(ctx: Any, pm: ParallelModule, *owners: Tensor) -> tuple[Tensor, ...]:
+        roles, place = pm._roles, pm._place
+        ctx.set_materialize_grads(False)
+        locals_ = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
+        ctx.pm = pm
+        if any(ctx.needs_input_grad):
+            values, ctx.saved = pm._forward(*locals_)
+            ctx.versions = [(t, t._version) for item, t in zip(roles.leading, locals_, strict=True) if item.role in ("param", "input")]
+        else:
+            if pm._infer is None:
+                pm._infer = load(pm._executable.inference_source(), place, "inference")
+            values, _ = pm._infer(*locals_)
+        out: list[Tensor] = []
+        for end, spec, value in zip(roles.results, roles.result_specs, values, strict=True):
+            if end.role == "output" and spec.shape:
+                value = as_dtensor(value, pm._mesh, torch_placements(spec), spec.shape)
+            elif any(value is t for t in owners):
+                value = value.clone()
+            out.append(value)
+        ctx.mark_non_differentiable(*[v for v, o in zip(out, roles.results, strict=True) if o.role == "mutation" or not v.is_floating_point()])
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        pm, roles = ctx.pm, ctx.pm._roles
+        if ctx.saved is None:
+            raise AutoparError("backward was called twice on one forward", why="what forward saved is freed as backward uses it",
+                               try_="run the forward again, or add the losses up and call backward once")
+        if any(t._version != version for t, version in ctx.versions):
+            raise AutoparError("a parameter or input was changed in place between forward and backward",
+                               try_="call optimizer.step() after backward()")
+        tangents = _tangents(pm, grads)
+        saved, ctx.saved = ctx.saved, None
+        results = pm._backward(saved, *tangents)
+        out: list[Tensor | None] = [None] * len(roles.leading)
+        for slot, grad in zip(roles.grad_slots, results, strict=True):
+            item, spec = roles.leading[slot], roles.leading_specs[slot]
+            out[slot] = as_dtensor(grad, pm._mesh, torch_placements(spec), spec.shape) if item.role == "param" else grad
+        return (None, *out)
+
+
+def _tangents(pm: ParallelModule, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Local gradients of the differentiable outputs, zeros where none arrived. Raises InputError for any other output."""
+    roles, place = pm._roles, pm._place
+    arrived = {o.index: g for o, g in zip(roles.results, grads, strict=True) if o.role == "output" and g is not None}
+    planned = {item.index for item, _ in roles.tangents}
+    for o in roles.results:
+        if o.role == "output" and o.index in arrived and o.index not in planned:
+            names = [*(r.name for r in roles.results if r.role == "output" and r.index in planned), o.name]
+            raise InputError(f"a gradient arrived at the output {o.name!r}, for which no backward was planned",
+                             why="backward is planned for the loss alone unless asked otherwise",
+                             try_=f"autoparallelize(..., differentiable={tuple(names)!r})")
+    out: list[Tensor] = []
+    for item, spec in roles.tangents:
+        grad = arrived.get(item.index)
+        if grad is None:
+            grad = torch.zeros(local_shape(spec, place.sizes, place.coord), dtype=spec.dtype, device=place.device)
+        elif isinstance(grad, DTensor):
+            grad = grad.redistribute(pm._mesh, torch_placements(spec)).to_local()
+        elif spec.shape:
+            grad = shard(grad, spec, place.sizes, place.coord)
+        out.append(grad.contiguous())
+    return out
+
+
+def torch_placements(spec: Spec) -> list[Any]:
+    """The placements of a plain Spec in torch's own terms."""
+    table = {Shard: lambda p: TorchShard(p.dim), Partial: lambda p: TorchPartial(p.op)}
+    return [table.get(type(p), lambda _: TorchReplicate())(p) for p in spec.placements]
+
+
+def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
+    """A DTensor around a local tensor, without communication."""
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _broadcast(name: str, tensor: Tensor, device: torch.device) -> Tensor:
+    """Rank 0's values of a parameter or buffer, as a fresh tensor on `device`."""
+    if tensor.is_meta:
+        raise InputError(f"{name!r} lies on the meta device and has no values", why="running a plan needs weights; planning does not",
+                         try_="build the model on the CPU, or load its weights first")
+    full = tensor.detach().to(device, copy=True).contiguous()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(full.view(torch.uint8) if full.dtype == torch.bool else full, src=0)
+    return full
+
+
+def _attach(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> None:
+    """Register a parameter or buffer under its dotted name, making the modules on the way."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root._modules[part] = nn.Module()
+        root = root._modules[part]  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(leaf, tensor)
+    else:
+        root.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def _show(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"

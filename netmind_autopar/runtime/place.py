@@ -1,0 +1,53 @@
+"""One device's place in the mesh: binds what an emitted file leaves open (collectives, local sizes, device, constants)."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.local import Local
+from ..ir.spec import local_shape, parse_spec
+from .collectives import LOCAL_KINDS, ProcessWire, bucket_stage, stage
+
+
+class Place:
+    """What `build(place)` of an emitted file gets."""
+
+    def __init__(self, axes: Sequence[str], sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device, wire: ProcessWire,
+                 constants: Mapping[str, Tensor]) -> None:
+        self.axes, self.sizes, self.coord, self.device, self.wire = tuple(axes), sizes, coord, device, wire
+        self._constants = {name: t.to(device) for name, t in constants.items()}
+
+    def move(self, kind: str, axis: str, before: str, after: str) -> Callable[[Tensor], Tensor]:
+        """One move, bound to this device."""
+        step = stage(kind, self.axes.index(axis), before, after, self.sizes, self.coord)
+        if kind in LOCAL_KINDS:
+            return step.pack
+        return lambda x: step.unpack(self.wire.carry(step, step.pack(x)))
+
+    def bucket(self, axis: str, op: str, specs: Sequence[str]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+        """One all-reduce of several tensors, bound to this device."""
+        shapes = tuple(local_shape(parse_spec(s), self.sizes, self.coord) for s in specs)
+        step, unbundle = bucket_stage(shapes, self.axes.index(axis), op)
+        return lambda tensors: unbundle(self.wire.carry(step, step.pack(tensors)))
+
+    def local(self, what: str, spec: str, parts: tuple[int, ...], times: int, repeat: int) -> Any:
+        """A number, or list of numbers, that depends on the rank."""
+        return Local(what, spec, parts, times, repeat).at(self.sizes, self.coord)
+
+    def constant(self, name: str) -> Tensor:
+        """A constant tensor of the captured model."""
+        return self._constants[name]
+
+
+def load(source: str, place: Place, name: str = "emitted") -> Any:
+    """Execute an emitted file and bind it; tracebacks show its lines."""
+    filename = f"<netmind-autopar {name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace["build"](place)

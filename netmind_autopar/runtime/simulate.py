@@ -1,0 +1,117 @@
+"""All ranks of a lowered program in lockstep, in one process: one list of local tensors per value.
+
+The ops, the local sizes and the packing of every collective are those that real processes run; only the wire is a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.local import resolve
+from ..ir.mesh import coordinates
+from ..ir.program import Program, is_getitem
+from ..ir.spec import local_shape, parse_spec
+from .collectives import bucket, bucket_stage, lockstep, move, stage
+
+PerRank = list[Any]  # one entry per rank: a tensor, or a tuple of tensors
+Observer = Callable[[fx.Node, PerRank], None]
+
+
+def run(program: Program, sizes: tuple[int, ...], inputs: Mapping[str, Sequence[Tensor]], observe: Observer | None = None) -> list[list[Tensor]]:
+    """Run every rank of a lowered program.
+
+    inputs:  per placeholder name the local tensors of all ranks, in rank order.
+    observe: called with each op and its per-rank results, in graph order.
+    Returns one list of local tensors per program output. Values are freed after their last use.
+    """
+    coords = tuple(coordinates(sizes))
+    env: dict[fx.Node, PerRank] = {}
+    uses = {node: len(node.users) for node in program.graph.nodes}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = list(inputs[node.name])
+            continue
+        if node.op == "output":
+            return [env[n] for n in _nodes(node)]
+        env[node] = _compute(program, node, env, sizes, coords)
+        if observe:
+            observe(node, env[node])
+        for arg in node.all_input_nodes:
+            uses[arg] -= 1
+            if not uses[arg]:
+                del env[arg]
+    return []
+
+
+def _nodes(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(node.args, lambda n: found.append(n) or n)
+    return found
+
+
+def _compute(program: Program, node: fx.Node, env: dict[fx.Node, PerRank], sizes: tuple[int, ...], coords: tuple) -> PerRank:
+    if node.op == "get_attr":
+        return [program.constants[str(node.target)]] * len(coords)
+    if is_getitem(node):
+        return [value[node.args[1]] for value in env[node.args[0]]]
+    if node.target is move:
+        return _move(node, env, sizes, coords)
+    if node.target is bucket:
+        return _bucket(node, env, sizes, coords)
+    out: PerRank = []
+    for rank, coord in enumerate(coords):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n, rank=rank: env[n][rank])
+        args, kwargs = resolve((args, kwargs), sizes, coord)
+        out.append(node.target(*args, **kwargs))
+    return out
+
+
+def _move(node: fx.Node, env: dict[fx.Node, PerRank], sizes: tuple[int, ...], coords: tuple) -> PerRank:
+    x, kind, axis, before, after = node.args
+    steps = [stage(kind, axis, before, after, sizes, coord) for coord in coords]
+    packed = [step.pack(t) for step, t in zip(steps, env[x], strict=True)]
+    carried = packed if steps[0].wire is None else lockstep(steps, packed, sizes)
+    return [step.unpack(t) for step, t in zip(steps, carried, strict=True)]
+
+
+def _bucket(node: fx.Node, env: dict[fx.Node, PerRank], sizes: tuple[int, ...], coords: tuple) -> PerRank:
+    tensors, axis, op = node.args
+    shapes = [tuple(local_shape(parse_spec(s), sizes, c) for s in node.meta["specs"]) for c in coords]
+    bound = [bucket_stage(s, axis, op) for s in shapes]
+    packed = [step.pack([env[t][rank] for t in tensors]) for rank, (step, _) in enumerate(bound)]
+    carried = lockstep([step for step, _ in bound], packed, sizes)
+    return [unbundle(t) for (_, unbundle), t in zip(bound, carried, strict=True)]
+
+
+def reference(program: Program, inputs: Mapping[str, Tensor], observe: Callable[[fx.Node, Any], None] | None = None) -> list[Tensor]:
+    """Run a captured (not lowered) program on one device: what its lowered form must reproduce."""
+    env: dict[fx.Node, Any] = {}
+    uses = {node: len(node.users) for node in program.graph.nodes}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = inputs[node.name]
+            continue
+        if node.op == "output":
+            return [env[n] for n in _nodes(node)]
+        if node.op == "get_attr":
+            env[node] = program.constants[str(node.target)]
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+            env[node] = node.target(*args, **kwargs)
+        if observe:
+            observe(node, env[node])
+        for arg in node.all_input_nodes:
+            uses[arg] -= 1
+            if not uses[arg]:
+                del env[arg]
+    return []
+
+
+def no_grad_run(*args: Any, **kwargs: Any) -> list[list[Tensor]]:
+    """`run` without autograd."""
+    with torch.no_grad():
+        return run(*args, **kwargs)
