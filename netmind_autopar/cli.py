@@ -39,8 +39,12 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = Parser(prog="netmind-autopar", description="Plan, explain and check how a PyTorch model is split over devices.", epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="netmind-autopar",
+        description="Plan, explain and check how a PyTorch model is split over devices.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"netmind-autopar {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -77,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("file", metavar="FILE[:NAME]", nargs="?", help="a Python file with model() and sample_inputs(); NAME picks another factory")
+    sub.add_argument(
+        "file", metavar="FILE[:NAME]", nargs="?", help="a Python file with model() and sample_inputs(); NAME picks another factory"
+    )
     sub.add_argument("--hf", metavar="CONFIG", help="instead of FILE: a Hugging Face causal language model's config.json")
     sub.add_argument("--batch", type=_positive, default=8, metavar="N", help="with --hf: global batch size (8)")
     sub.add_argument("--seq", type=_positive, default=1024, metavar="N", help="with --hf: tokens per sequence (1024)")
@@ -88,7 +94,9 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cluster", metavar="NAME", help="a preset (see `clusters`) or a profile file; without it, this machine")
     sub.add_argument("--memory", metavar="SIZE", help="the most one device may hold: 70GiB; without it, what the device has")
     sub.add_argument("--optimizer", default="adamw", metavar="NAME", help="whose state is counted (adamw)")
-    sub.add_argument("--pin", action="append", default=[], metavar="NAME=PLACEMENTS", help="fix a parameter's placements: wte.weight=S(0),R")
+    sub.add_argument(
+        "--pin", action="append", default=[], metavar="NAME=PLACEMENTS", help="fix a parameter's placements: wte.weight=S(0),R"
+    )
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
@@ -120,8 +128,11 @@ def _version() -> str:
 
 def _load(args: argparse.Namespace, *, meta: bool) -> modelfile.Loaded:
     if bool(args.file) == bool(args.hf):
-        raise InputError("no model is given" if not args.file else "two models are given", why="a model is either FILE or --hf CONFIG",
-                         try_=f"netmind-autopar {args.command} --help")
+        raise InputError(
+            "no model is given" if not args.file else "two models are given",
+            why="a model is either FILE or --hf CONFIG",
+            try_=f"netmind-autopar {args.command} --help",
+        )
     if args.hf:
         return modelfile.load_hf(args.hf, args.batch, args.seq, meta=meta)
     return modelfile.load_file(args.file, meta=meta)
@@ -133,8 +144,11 @@ def _pins(texts: Sequence[str]) -> dict[str, str] | None:
     for text in texts:
         name, equals, placements = text.partition("=")
         if not (name and equals and placements):
-            raise InputError(f"cannot read the pin {text!r}", why="a pin is a parameter's name, '=' and one placement per mesh axis",
-                             try_="--pin 'wte.weight=S(0),R'")
+            raise InputError(
+                f"cannot read the pin {text!r}",
+                why="a pin is a parameter's name, '=' and one placement per mesh axis",
+                try_="--pin 'wte.weight=S(0),R'",
+            )
         pins[name] = placements
     return pins or None
 
@@ -146,8 +160,20 @@ def run_plan(args: argparse.Namespace) -> int:
     with _progress() as progress:
         progress("building the model")
         loaded = _load(args, meta=True)
-        result = api.plan(loaded.model, loaded.inputs, args.mesh, cluster=args.cluster, memory=args.memory, optimizer=args.optimizer, pins=pins,
-                          random_costs=args.random_costs, time_limit=args.time_limit, gap=args.gap, strict=args.strict, progress=progress)
+        result = api.plan(
+            loaded.model,
+            loaded.inputs,
+            args.mesh,
+            cluster=args.cluster,
+            memory=args.memory,
+            optimizer=args.optimizer,
+            pins=pins,
+            random_costs=args.random_costs,
+            time_limit=args.time_limit,
+            gap=args.gap,
+            strict=args.strict,
+            progress=progress,
+        )
     if args.json:
         result.save(args.json)
     _show_plan(result, loaded, args.all)
@@ -168,7 +194,9 @@ def _show_plan(plan: Plan, loaded: modelfile.Loaded | None, show_all: bool) -> N
 
 def run_diff(args: argparse.Namespace) -> int:
     a, b = Plan.load(args.a), Plan.load(args.b)
-    difference = report.diff_report(a, b, (Path(args.a).name, Path(args.b).name) if Path(args.a).name != Path(args.b).name else (args.a, args.b))
+    difference = report.diff_report(
+        a, b, (Path(args.a).name, Path(args.b).name) if Path(args.a).name != Path(args.b).name else (args.a, args.b)
+    )
     report.console().print(difference or "The plans are the same.")
     return DIFFERS if difference else OK
 
@@ -236,7 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug_level():
             raise
         text = str(e).strip().splitlines()
-        print(f"netmind-autopar: unexpected {type(e).__name__}: {text[0] if text else ''}  (set AUTOPAR_DEBUG=1 for the traceback)", file=sys.stderr)
+        print(
+            f"netmind-autopar: unexpected {type(e).__name__}: {text[0] if text else ''}  (set AUTOPAR_DEBUG=1 for the traceback)",
+            file=sys.stderr,
+        )
         return DEFECT
 
 

@@ -45,14 +45,21 @@ def load_file(target: str, *, meta: bool) -> Loaded:
     inputs = _factory(module, path, inputs_name)
     model, device = _build(factory, path, meta)
     if not isinstance(model, torch.nn.Module):
-        raise InputError(f"{name}() returned a {type(model).__name__}, not a module", where=f"{path}: {name}",
-                         why="the factory must return the torch.nn.Module to be planned", try_="return the module itself")
+        raise InputError(
+            f"{name}() returned a {type(model).__name__}, not a module",
+            where=f"{path}: {name}",
+            why="the factory must return the torch.nn.Module to be planned",
+            try_="return the module itself",
+        )
     built, _ = _build(inputs, path, meta and device == "meta")
     return Loaded(model, built, type(model).__name__, device)
 
 
-def load_hf(config: str, batch: int, seq: int) -> Loaded:
-    """A Hugging Face causal language model from its config.json alone, on the meta device; inputs `[batch, seq]` with labels."""
+def load_hf(config: str, batch: int, seq: int, *, meta: bool) -> Loaded:
+    """A Hugging Face causal language model from its config.json alone; inputs `[batch, seq]` of token ids, with labels.
+
+    On the meta device if `meta`, else on the CPU with seeded random weights and tokens. Raises InputError.
+    """
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -62,19 +69,31 @@ def load_hf(config: str, batch: int, seq: int) -> Loaded:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise InputError("cannot read the config", where=str(path), why=str(e), try_="give the path of a Hugging Face config.json") from None
+        raise InputError(
+            "cannot read the config", where=str(path), why=str(e), try_="give the path of a Hugging Face config.json"
+        ) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise InputError("the config names no model type", where=str(path), why='there is no field "model_type"',
-                         try_="give the config.json of a Hugging Face causal language model")
+        raise InputError(
+            "the config names no model type",
+            where=str(path),
+            why='there is no field "model_type"',
+            try_="give the config.json of a Hugging Face causal language model",
+        )
+    device = "meta" if meta else "cpu"
+    torch.manual_seed(SEED)
     try:
-        with torch.device("meta"):
-            built = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        built = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(built)
-            tokens = torch.zeros(batch, seq, dtype=torch.long)
+            tokens = torch.randint(built.get_text_config().vocab_size, (batch, seq))
     except Exception as e:
-        raise InputError("no causal language model can be built from the config", where=str(path), why=_last_line(e),
-                         try_="check the fields; other kinds of model are planned from a model file") from e
-    return Loaded(model.train(), {"input_ids": tokens, "labels": tokens}, type(model).__name__, "meta")
+        raise InputError(
+            "no causal language model can be built from the config",
+            where=str(path),
+            why=_last_line(e),
+            try_="check the fields; other kinds of model are planned from a model file",
+        ) from e
+    return Loaded(model.train(), {"input_ids": tokens, "labels": tokens}, type(model).__name__, device)
 
 
 def cast(loaded: Loaded, dtype: str) -> Loaded:
@@ -107,7 +126,9 @@ def _run(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"there is no file {path}", try_="give a Python file that defines model() and sample_inputs()")
     if path.suffix != ".py":
-        raise InputError(f"{path} is not a Python file", why="its name does not end in .py", try_="give a .py file, or --hf for a config.json")
+        raise InputError(
+            f"{path} is not a Python file", why="its name does not end in .py", try_="give a .py file, or --hf for a config.json"
+        )
     spec = importlib.util.spec_from_file_location(f"_model_file_{path.stem}", path.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -117,9 +138,13 @@ def _run(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as e:
-        raise InputError("the model file is not valid Python", where=f"{e.filename}:{e.lineno}  {(e.text or '').strip()}", why=str(e.msg)) from e
+        raise InputError(
+            "the model file is not valid Python", where=f"{e.filename}:{e.lineno}  {(e.text or '').strip()}", why=str(e.msg)
+        ) from e
     except (Exception, SystemExit) as e:
-        raise InputError("the model file cannot be run", where=_where(e, path), why=_last_line(e), try_="make `python FILE` work first") from e
+        raise InputError(
+            "the model file cannot be run", where=_where(e, path), why=_last_line(e), try_="make `python FILE` work first"
+        ) from e
     finally:
         sys.path.remove(folder)
     return module
@@ -128,10 +153,15 @@ def _run(path: Path) -> ModuleType:
 def _factory(module: ModuleType, path: Path, name: str) -> Callable[[], Any]:
     found = getattr(module, name, None)
     if not callable(found):
-        there = sorted(k for k, v in vars(module).items() if callable(v) and not k.startswith("_") and getattr(v, "__module__", "") == module.__name__)
-        raise InputError(f"{path} defines no function {name}()", where=str(path),
-                         why=f"it defines {', '.join(there)}" if there else "it defines no functions",
-                         try_=f"define {name}()" + (f", or pick a factory: {path}:{there[0]}" if there and name == "model" else ""))
+        there = sorted(
+            k for k, v in vars(module).items() if callable(v) and not k.startswith("_") and getattr(v, "__module__", "") == module.__name__
+        )
+        raise InputError(
+            f"{path} defines no function {name}()",
+            where=str(path),
+            why=f"it defines {', '.join(there)}" if there else "it defines no functions",
+            try_=f"define {name}()" + (f", or pick a factory: {path}:{there[0]}" if there and name == "model" else ""),
+        )
     return found
 
 

@@ -191,8 +191,13 @@ def _parameters(plan: Plan, rows: Sequence[ParameterRow], show_all: bool) -> Gro
         block = prefix if star else ""
         spec = plain(r.shape, r.dtype, r.placements)
         stored = words(r.placements, len(r.shape), plan.axis_names)
-        table.add_row("  " + rest if star else r.name, _shape(r.shape), Text(stored, style="" if stored != "whole" else "dim"),
-                      _shape(local_shape(spec, plan.sizes)), size(r.device_bytes))
+        table.add_row(
+            "  " + rest if star else r.name,
+            _shape(r.shape),
+            Text(stored, style="" if stored != "whole" else "dim"),
+            _shape(local_shape(spec, plan.sizes)),
+            size(r.device_bytes),
+        )
     return _section("Parameters (bytes of all repetitions together, on one device)", table, len(rows) - len(shown))
 
 
@@ -230,11 +235,16 @@ def diff_report(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Group 
     if a == b:
         return None
     table = _table("", *names)
-    facts = {"graph": [p.graph_hash for p in (a, b)], "mesh": [",".join(f"{x.name}={x.size}" for x in p.mesh) for p in (a, b)],
-             "cluster": [a.cluster, b.cluster], "optimizer": [a.optimizer, b.optimizer],
-             "limit": [size(p.memory_limit_bytes) if p.memory_limit_bytes else "none" for p in (a, b)],
-             "step": [seconds(p.cost.step_s) for p in (a, b)], "communication": [seconds(p.cost.communication_s) for p in (a, b)],
-             "peak": [size(p.cost.peak_bytes) for p in (a, b)]}
+    facts = {
+        "graph": [p.graph_hash for p in (a, b)],
+        "mesh": [",".join(f"{x.name}={x.size}" for x in p.mesh) for p in (a, b)],
+        "cluster": [a.cluster, b.cluster],
+        "optimizer": [a.optimizer, b.optimizer],
+        "limit": [size(p.memory_limit_bytes) if p.memory_limit_bytes else "none" for p in (a, b)],
+        "step": [seconds(p.cost.step_s) for p in (a, b)],
+        "communication": [seconds(p.cost.communication_s) for p in (a, b)],
+        "peak": [size(p.cost.peak_bytes) for p in (a, b)],
+    }
     for name, (left, right) in facts.items():
         table.add_row(name, left, Text(right, style="bold" if left != right else "dim"))
     parts: list[RenderableType] = [table]
@@ -258,8 +268,10 @@ def verify_report(report: object) -> Group:
     """The outcome of `verify`: one line per compared tensor, worst first, and the first operation that differs."""
     ok = bool(report.ok)  # type: ignore[attr-defined]
     error = float(report.max_rel_error)  # type: ignore[attr-defined]
-    verdict = Text("the plan computes what the model computes" if ok else "the plan does NOT compute what the model computes",
-                   style="green" if ok else "bold red")
+    verdict = Text(
+        "the plan computes what the model computes" if ok else "the plan does NOT compute what the model computes",
+        style="green" if ok else "bold red",
+    )
     parts: list[RenderableType] = [verdict + Text(f": largest relative difference {error:.1e}", style="")]
     if first := report.first_difference:  # type: ignore[attr-defined]
         parts.append(Text(f"first operation that differs: {first}"))
