@@ -1,0 +1,185 @@
+"""Rules for a whole program, their letters refined where the program itself shows that a dim is a product.
+
+A *cut* of a dim is a right stride at which it may be opened up: `(b s) e` with b = 8, s = 16 cuts its dim of 128 at 16. Cuts
+are learnt where a rule groups letters (views, splits, attention), and flow along values and through rules: a letter shared by
+dims carries the cuts of one to the others. The cuts of a dim form a chain, each dividing the next; one that does not fit is
+dropped. Then a letter with cuts becomes several, major first: `m` → `m.0 m.1`.
+
+Cuts stop where no split could pass either: at fixed letters, and at letters whose piece must be one run (`start:`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..ir.program import Program, is_getitem, source, tensor_args
+from .algebra import Rule, Term
+from .table import rule_for, signature
+
+Cuts = tuple[int, ...]  # right strides inside a dim, ascending, each dividing the next
+_Value = tuple[int, int]  # (node number, output index)
+
+
+def bind_program(program: Program) -> dict[str, Rule]:
+    """The refined rule of every `call_function` node except getitem, by node name."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and not is_getitem(n)]
+    return bind_nodes(nodes)
+
+
+def bind_nodes(nodes: Sequence[fx.Node]) -> dict[str, Rule]:
+    """As `bind_program`, for the nodes given (in graph order)."""
+    cache: dict[tuple, Rule] = {}
+    rules: list[Rule] = []
+    for node in nodes:
+        key = signature(node)
+        if key not in cache:
+            cache[key] = rule_for(node)
+        rules.append(cache[key])
+    cuts = _Flow(nodes, rules).run()
+    return {node.name: refine(rule, found) for node, rule, found in zip(nodes, rules, cuts, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One dim of one term: which operand it is of, and its open letters with their strides and sizes."""
+
+    slot: int  # input number, or ~output number
+    dim: int
+    letters: tuple[tuple[str, int, int], ...]  # (letter, stride, size), the letters through which cuts flow
+    bounds: Cuts  # strides at the inner boundaries of the dim's letters
+
+
+def _rows(rule: Rule) -> tuple[_Row, ...]:
+    stiff = rule.fixed | _run_letters(rule)
+    rows: list[_Row] = []
+    slots = [*enumerate(rule.inputs), *((~i, t) for i, t in enumerate(rule.outputs) if t is not None)]
+    for slot, term in slots:
+        for d, dim in enumerate(term.dims):
+            stride, letters, bounds = 1, [], []
+            for letter in reversed(dim):
+                size = rule.sizes[letter]
+                if letter not in stiff and size > 1:
+                    letters.append((letter, stride, size))
+                stride *= max(size, 1)
+                bounds.append(stride)
+            if letters or len(dim) > 1:
+                rows.append(_Row(slot, d, tuple(letters), tuple(sorted({b for b in bounds[:-1] if 1 < b < stride}))))
+    return tuple(rows)
+
+
+def _run_letters(rule: Rule) -> frozenset[str]:
+    """Letters whose local piece must be one run of the dim."""
+    words = [word for _, what in rule.adjust if what.startswith("start:") for word in what[6:].split("*")]
+    return frozenset(words) & set(rule.sizes)
+
+
+def _with(chain: Cuts, cut: int) -> Cuts:
+    """The chain with one more cut, or as it was when they do not nest."""
+    if cut in chain or any(cut % c and c % cut for c in chain):
+        return chain
+    return tuple(sorted((*chain, cut)))
+
+
+class _Flow:
+    """The fixed point: cuts per (value, dim) and per (node, letter), a queue of nodes to look at again."""
+
+    def __init__(self, nodes: Sequence[fx.Node], rules: Sequence[Rule]) -> None:
+        number: dict[fx.Node, int] = {node: i for i, node in enumerate(nodes)}
+        rows = {id(rule): _rows(rule) for rule in {id(rule): rule for rule in rules}.values()}
+        self.rows = [rows[id(rule)] for rule in rules]
+        self.args: list[list[_Value]] = []
+        self.users: dict[_Value, list[int]] = {}
+        outside: dict[fx.Node, int] = {}
+        for i, node in enumerate(nodes):
+            found: list[_Value] = []
+            for arg in tensor_args(node):
+                origin, index = source(arg)
+                value = (number[origin] if origin in number else outside.setdefault(origin, ~len(outside)), index)
+                found.append(value)
+                self.users.setdefault(value, []).append(i)
+            self.args.append(found)
+        self.values: dict[tuple[_Value, int], Cuts] = {}
+        self.letters: list[dict[str, Cuts]] = [{} for _ in nodes]
+
+    def run(self) -> list[dict[str, Cuts]]:
+        queue = deque(range(len(self.rows)))
+        waiting = set(queue)
+        while queue:
+            i = queue.popleft()
+            waiting.discard(i)
+            for touched in self._visit(i):
+                if touched not in waiting:
+                    waiting.add(touched)
+                    queue.append(touched)
+        return self.letters
+
+    def _visit(self, i: int) -> list[int]:
+        """Move cuts between the dims around one node until they agree; the nodes whose values changed."""
+        letters, changed = self.letters[i], []
+        rows = self.rows[i]
+        for row in rows:
+            for cut in self.values.get((self._value(i, row.slot), row.dim), ()):
+                for letter, stride, size in row.letters:
+                    inner, rest = divmod(cut, stride)
+                    if rest == 0 and 1 < inner < size and size % inner == 0:
+                        letters[letter] = _with(letters.get(letter, ()), inner)
+        for row in rows:
+            value = self._value(i, row.slot)
+            before = after = self.values.get((value, row.dim), ())
+            for cut in row.bounds:
+                after = _with(after, cut)
+            for letter, stride, _ in row.letters:
+                for cut in letters.get(letter, ()):
+                    after = _with(after, cut * stride)
+            if after != before:
+                self.values[value, row.dim] = after
+                changed += [*([value[0]] if value[0] >= 0 else []), *self.users.get(value, ())]
+        return changed
+
+    def _value(self, i: int, slot: int) -> _Value:
+        return self.args[i][slot] if slot >= 0 else (i, ~slot)
+
+
+def refine(rule: Rule, cuts: dict[str, Cuts]) -> Rule:
+    """The rule with every letter that has cuts replaced by several, major first."""
+    return _refined(_Key(rule), tuple(sorted(cuts.items()))) if any(cuts.values()) else rule
+
+
+class _Key:
+    """A rule as a dictionary key, by identity."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __hash__(self) -> int:
+        return id(self.rule)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.rule is self.rule
+
+
+@functools.lru_cache(maxsize=4096)
+def _refined(key: _Key, cuts: tuple[tuple[str, Cuts], ...]) -> Rule:
+    rule, sizes, pieces = key.rule, {}, {}
+    chains = dict(cuts)
+    for letter, size in rule.sizes.items():
+        edges = [size, *reversed(chains.get(letter, ())), 1]
+        pieces[letter] = tuple(f"{letter}.{i}" for i in range(len(edges) - 1)) if len(edges) > 2 else (letter,)
+        sizes.update({name: high // low for name, high, low in zip(pieces[letter], edges, edges[1:], strict=False)} if len(edges) > 2
+                     else {letter: size})
+
+    def term(old: Term) -> Term:
+        return Term(tuple(tuple(name for letter in dim for name in pieces[letter]) for dim in old.dims), old.mark)
+
+    def what(old: str) -> str:
+        kind, colon, product = old.partition(":")
+        return kind + colon + "*".join(name for word in product.split("*") for name in pieces.get(word, (word,)))
+
+    return Rule(tuple(term(t) for t in rule.inputs), tuple(None if t is None else term(t) for t in rule.outputs), sizes,
+                frozenset(name for letter in rule.fixed for name in pieces[letter]), rule.reduce,
+                tuple((place, what(w)) for place, w in rule.adjust), rule.known)
