@@ -1,0 +1,213 @@
+"""Which devices and links a mesh has: presets, a user's own profile, or the present machine.
+
+A profile is a .toml or .json file (examples/cluster.toml). Every number is required, positive and finite:
+
+    name = "lab"                      any text
+    node_size = 4                     devices that share the inner link
+    [device]                          or: device = "h100-sxm", a preset
+    name = "my-gpu"
+    memory_bytes = 80_000_000_000
+    memory_bandwidth_bytes_s = 3.35e12
+    host_bandwidth_bytes_s = 64e9     device to host, one direction
+    launch_s = 4e-6                   fixed price of one kernel
+    [device.peak_flops]               FLOP/s by dtype name; float32 is required, unlisted dtypes run at its rate
+    float32 = 67e12
+    bfloat16 = 989e12
+    [links.intra]                     inside a node: what one device can send, and the latency of one message
+    bandwidth_bytes_s = 360e9
+    latency_s = 2e-6
+    [links.inter]                     between nodes
+    bandwidth_bytes_s = 40e9
+    latency_s = 5e-6
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..ir.errors import MeshError, ProfileError
+from ..ir.mesh import Axis, Device, Mesh, parse_axes
+from .presets import CLUSTERS, DEVICES, host_memory_bytes, match_name
+
+# Bounds are generous: outside of them a number is in the wrong unit.
+Rate = Annotated[float, Field(ge=1e3, le=1e16, allow_inf_nan=False)]  # bytes/s
+Flops = Annotated[float, Field(ge=1e6, le=1e18, allow_inf_nan=False)]
+Latency = Annotated[float, Field(ge=1e-9, le=10.0, allow_inf_nan=False)]
+MemoryBytes = Annotated[int, Field(ge=2**20, le=2**50)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class LinkProfile(_Part):
+    """What one device can send along a link, and the latency of one message."""
+
+    bandwidth_bytes_s: Rate
+    latency_s: Latency
+
+
+class LinkProfiles(_Part):
+    intra: LinkProfile
+    inter: LinkProfile
+
+
+class DeviceProfile(_Part):
+    name: str = Field(min_length=1)
+    memory_bytes: MemoryBytes
+    memory_bandwidth_bytes_s: Rate
+    host_bandwidth_bytes_s: Rate
+    launch_s: Latency
+    peak_flops: dict[str, Flops]
+
+    @field_validator("peak_flops")
+    @classmethod
+    def _known_dtypes(cls, rates: dict[str, float]) -> dict[str, float]:
+        if "float32" not in rates:
+            raise ValueError("float32 is missing")
+        for name in rates:
+            if not isinstance(getattr(torch, name, None), torch.dtype):
+                raise ValueError(f"{name!r} is no dtype of PyTorch")
+        return rates
+
+
+class ClusterProfile(_Part):
+    """One cluster: equal devices, equal nodes."""
+
+    name: str = Field(min_length=1)
+    node_size: int = Field(ge=1, le=2**20)
+    device: DeviceProfile
+    links: LinkProfiles
+
+
+def load_profile(path: str | Path) -> ClusterProfile:
+    """Read and check a profile. Raises ProfileError that names the field at fault."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text, object_pairs_hook=_unique)
+    except OSError as e:
+        raise ProfileError("cannot read the cluster profile", where=str(file), why=str(e), try_=_presets()) from None
+    except (ValueError, RecursionError) as e:
+        raise ProfileError(f"the cluster profile is not readable {file.suffix[1:].upper()}", where=str(file), why=str(e)[:200],
+                           try_="start from examples/cluster.toml") from None
+    if isinstance(data, dict) and isinstance(data.get("device"), str):
+        data["device"] = _device_preset(data["device"], str(file))
+    try:
+        return ClusterProfile.model_validate(data)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(str(p) for p in first["loc"])
+        raise ProfileError("the cluster profile holds no usable value", where=f"{file}: {field}".removesuffix(": "), why=first["msg"],
+                           try_="see examples/cluster.toml for every field and its unit") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key appears twice")
+    return out
+
+
+def _device_preset(name: str, where: str) -> dict[str, Any]:
+    if name not in DEVICES:
+        raise MeshError(f"unknown device {name!r}", where=where, try_=f"one of {', '.join(DEVICES)}, or a [device] table")
+    data = {"name": name} | {k: v for k, v in DEVICES[name].items() if k != "source"}
+    return data if data["memory_bytes"] else data | {"memory_bytes": host_memory_bytes()}
+
+
+def _preset(cluster: str) -> ClusterProfile:
+    row = CLUSTERS[cluster]
+    links = {}
+    for which in ("intra", "inter"):
+        rate, latency, efficiency, _ = row[which]  # type: ignore[misc]
+        links[which] = {"bandwidth_bytes_s": rate * efficiency, "latency_s": latency}
+    device = _device_preset(str(row["device"]), cluster)
+    return ClusterProfile.model_validate({"name": cluster, "node_size": row["node_size"], "device": device, "links": links})
+
+
+def _presets() -> str:
+    return f"one of {', '.join(CLUSTERS)}, or the path of a .toml or .json profile"
+
+
+def cluster_profile(cluster: str) -> ClusterProfile:
+    """The profile of a preset or a file. Raises MeshError for an unknown name, ProfileError for a bad file."""
+    if cluster in CLUSTERS:
+        return _preset(cluster)
+    if cluster.endswith((".toml", ".json")):
+        return load_profile(cluster)
+    raise MeshError(f"unknown cluster {cluster!r}", where="cluster=", try_=_presets())
+
+
+def default_cluster() -> str:
+    """The preset of the present machine: by the name of its CUDA device, "cpu" when it has none.
+
+    Raises MeshError when the device is not among the presets.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name()
+    if found := match_name(name):
+        return found
+    raise MeshError(f"no numbers are known for the device {name!r}", where="cluster=", why="without them no plan can be priced",
+                    try_=f"pass cluster={_presets()}")
+
+
+def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
+    """The mesh with its links and its device.
+
+    mesh: "dp=2,tp=4", a torch DeviceMesh, a Mesh (returned as it is), or a number of devices (one axis, "axis0"). Axes without
+        names are called axis0, axis1 …
+    cluster: a preset, a profile's path, or None for the present machine (its own memory then, and for "cpu" its share of the
+        machine's memory).
+
+    An axis gets the inner link when all its groups lie within a node, `node_size` consecutive ranks; otherwise the outer one.
+    Raises MeshError or ProfileError.
+    """
+    if isinstance(mesh, Mesh):
+        return mesh
+    names, ranks = _ranks(mesh)
+    present = cluster is None
+    profile = cluster_profile(default_cluster() if cluster is None else cluster)
+    nodes = ranks // profile.node_size
+    axes = []
+    for i, name in enumerate(names):
+        inside = bool((nodes == np.take(nodes, [0], axis=i)).all())
+        link = profile.links.intra if inside else profile.links.inter
+        axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s))
+    memory = profile.device.memory_bytes
+    if profile.device.name == "cpu":
+        memory //= min(ranks.size, profile.node_size)
+    elif present:
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return Mesh(tuple(axes), _device(profile.device, memory), cluster or profile.name)
+
+
+def _device(profile: DeviceProfile, memory_bytes: int) -> Device:
+    return Device(profile.name, tuple(profile.peak_flops.items()), memory_bytes, profile.memory_bandwidth_bytes_s,
+                  profile.host_bandwidth_bytes_s, profile.launch_s)
+
+
+def _ranks(mesh: Any) -> tuple[tuple[str, ...], np.ndarray]:
+    """Axis names, and the rank at every point of the mesh."""
+    if isinstance(mesh, str):
+        axes = parse_axes(mesh)
+        sizes = tuple(n for _, n in axes)
+        return tuple(name for name, _ in axes), np.arange(np.prod(sizes)).reshape(sizes)
+    if isinstance(mesh, int) and not isinstance(mesh, bool):
+        if mesh < 1:
+            raise MeshError(f"a mesh of {mesh} devices", try_="a number of devices of 1 or more")
+        return ("axis0",), np.arange(mesh)
+    if isinstance(getattr(mesh, "mesh", None), torch.Tensor):  # a DeviceMesh; torch.distributed need not be built in
+        ranks = mesh.mesh.cpu().numpy()
+        names = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(ranks.ndim))
+        return tuple(names), ranks
+    raise MeshError(f"not a mesh: {type(mesh).__name__}", why="a mesh is a DeviceMesh, a text such as \"dp=2,tp=4\", or a number of devices",
+                    try_='"dp=2,tp=4"')

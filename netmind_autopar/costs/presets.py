@@ -1,0 +1,116 @@
+"""Known devices and clusters: vendor numbers, each with the page it is from. Numbers only; `device.py` reads them.
+
+Dense rates, without sparsity; "float32" is the rate outside the tensor cores, because PyTorch multiplies float32 matrices there
+unless told otherwise. `memory_bytes` counts a "80 GB" device as 80e9 bytes although it shows about 79 GiB: the rest is what the
+driver's context, the communication library's buffers and fragmentation take.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+GB, TERA = 10**9, 1e12
+
+# What a link delivers of its vendor rate: nccl-tests all_reduce_perf, large messages, ring: 230–250 of 300 GB/s on 8 × A100 (0.8).
+LINK_EFFICIENCY = 0.8
+GPU_LAUNCH_S = 4e-6  # from one kernel to the next in eager mode, when the queue is full
+
+
+def _gpu(memory_gb: float, memory_tb_s: float, host_gb_s: float, source: str, **tera: float) -> dict[str, object]:
+    return {"memory_bytes": int(memory_gb * GB), "memory_bandwidth_bytes_s": memory_tb_s * TERA, "host_bandwidth_bytes_s": host_gb_s * GB,
+            "launch_s": GPU_LAUNCH_S, "peak_flops": {k: v * TERA for k, v in tera.items()}, "source": source}
+
+
+# memory GB, memory TB/s, host link GB/s in one direction, source, then TFLOP/s by dtype
+DEVICES: dict[str, dict[str, object]] = {
+    "v100": _gpu(32, 0.9, 16, "NVIDIA V100 Tensor Core GPU datasheet (SXM2, 32 GB)", float32=15.7, float64=7.8, float16=125),
+    "a100-40": _gpu(40, 1.555, 32, "NVIDIA A100 Tensor Core GPU datasheet (40 GB)", float32=19.5, float64=9.7, float16=312, bfloat16=312),
+    "a100-80": _gpu(80, 2.039, 32, "NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB)", float32=19.5, float64=9.7, float16=312, bfloat16=312),
+    "h100-sxm": _gpu(80, 3.35, 64, "NVIDIA H100 Tensor Core GPU datasheet (SXM)", float32=67, float64=34, float16=989.4, bfloat16=989.4,
+                     float8_e4m3fn=1978.9, float8_e5m2=1978.9),
+    "h100-pcie": _gpu(80, 2.0, 64, "NVIDIA H100 Tensor Core GPU datasheet (PCIe)", float32=51, float64=26, float16=756.5, bfloat16=756.5,
+                      float8_e4m3fn=1513, float8_e5m2=1513),
+    "h200": _gpu(141, 4.8, 64, "NVIDIA H200 Tensor Core GPU datasheet (SXM)", float32=67, float64=34, float16=989.4, bfloat16=989.4,
+                 float8_e4m3fn=1978.9, float8_e5m2=1978.9),
+    "b200": _gpu(180, 8.0, 64, "NVIDIA Blackwell architecture technical brief (HGX B200)", float32=80, float64=40, float16=2250,
+                 bfloat16=2250, float8_e4m3fn=4500, float8_e5m2=4500),
+    "l4": _gpu(24, 0.3, 32, "NVIDIA L4 Tensor Core GPU datasheet", float32=30.3, float64=0.47, float16=121, bfloat16=121, float8_e4m3fn=242.5),
+    "rtx4090": _gpu(24, 1.008, 32, "NVIDIA Ada GPU architecture whitepaper (GeForce RTX 4090)", float32=82.6, float64=1.29, float16=165.2,
+                    bfloat16=165.2, float8_e4m3fn=330.3),
+    "mi300x": _gpu(192, 5.3, 64, "AMD Instinct MI300X accelerator data sheet", float32=163.4, float64=81.7, float16=1307.4,
+                   bfloat16=1307.4, float8_e4m3fn=2614.9),
+    # One process that runs on one core. Measured with PyTorch 2.13 on an AMD EPYC (Zen 4) core at 2.6 GHz: 90 GFLOP/s float32,
+    # 44 float64 (mm of 512 × 512), 22 GB/s (add in cache-sized blocks), about half of that when all cores are busy.
+    "cpu": {"memory_bytes": 0, "memory_bandwidth_bytes_s": 1.2e10, "host_bandwidth_bytes_s": 1.2e10, "launch_s": 3e-6,
+            "peak_flops": {"float32": 9e10, "float64": 4.5e10}, "source": "measured; memory: the present machine's, shared by its processes"},
+}
+
+# cluster: device, devices per node, link inside a node (bytes/s in one direction, latency s, efficiency, source), link between nodes.
+# Latency is that of one message; between nodes it includes the network card and one switch.
+_IB400 = (50e9, 5e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-7 datasheet: 400 Gb/s, one card per device")
+_IB200 = (25e9, 5e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-6 datasheet: 200 Gb/s, one card per device")
+_IB100 = (12.5e9, 6e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-5 datasheet: 100 Gb/s, one card per device")
+_IB400_SHARED = (6.25e9, 6e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-7 datasheet: 400 Gb/s, one card for eight devices")
+_ETH25 = (3.125e9 / 8, 3e-5, LINK_EFFICIENCY, "25 Gb/s Ethernet, one card for eight devices")
+
+
+def _nvlink(gb_s: float, source: str) -> tuple[float, float, float, str]:
+    return (gb_s * GB, 2e-6, LINK_EFFICIENCY, source)
+
+
+def _pcie(gb_s: float, source: str) -> tuple[float, float, float, str]:
+    # All devices share the root complex: 35–45 GB/s were measured by nccl-tests of 8 × H100 PCIe with 64 GB/s each.
+    return (gb_s * GB, 5e-6, 0.6, source)
+
+
+CLUSTERS: dict[str, dict[str, object]] = {
+    "v100": {"device": "v100", "node_size": 8, "intra": _nvlink(150, "NVIDIA V100 datasheet: NVLink 300 GB/s in both directions"), "inter": _IB100},
+    "a100-40": {"device": "a100-40", "node_size": 8, "intra": _nvlink(300, "NVIDIA A100 datasheet: NVLink 600 GB/s"), "inter": _IB200},
+    "a100-80": {"device": "a100-80", "node_size": 8, "intra": _nvlink(300, "NVIDIA A100 datasheet: NVLink 600 GB/s"), "inter": _IB200},
+    "a100-pcie": {"device": "a100-80", "node_size": 8, "intra": _pcie(32, "NVIDIA A100 datasheet: PCIe Gen4 64 GB/s"), "inter": _IB400_SHARED},
+    "h100-sxm": {"device": "h100-sxm", "node_size": 8, "intra": _nvlink(450, "NVIDIA H100 datasheet: NVLink 900 GB/s"), "inter": _IB400},
+    "h100-pcie": {"device": "h100-pcie", "node_size": 8, "intra": _pcie(64, "NVIDIA H100 datasheet: PCIe Gen5 128 GB/s"), "inter": _IB400_SHARED},
+    "h200": {"device": "h200", "node_size": 8, "intra": _nvlink(450, "NVIDIA H200 datasheet: NVLink 900 GB/s"), "inter": _IB400},
+    "b200": {"device": "b200", "node_size": 8, "intra": _nvlink(900, "NVIDIA Blackwell technical brief: NVLink 1.8 TB/s"), "inter": _IB400},
+    "l4": {"device": "l4", "node_size": 8, "intra": _pcie(32, "NVIDIA L4 datasheet: PCIe Gen4 x16 64 GB/s"), "inter": _ETH25},
+    "rtx4090": {"device": "rtx4090", "node_size": 8, "intra": _pcie(32, "NVIDIA Ada whitepaper: PCIe Gen4 x16"), "inter": _ETH25},
+    "mi300x": {"device": "mi300x", "node_size": 8,
+               "intra": _nvlink(448, "AMD Instinct MI300X data sheet: seven Infinity Fabric links of 128 GB/s in both directions"),
+               "inter": _IB400},
+    # gloo over TCP: measured order of magnitude on one machine, and 10 Gb/s Ethernet between machines.
+    "cpu": {"device": "cpu", "node_size": 8, "intra": (1.5e9, 5e-5, 1.0, "gloo on the loopback device"),
+            "inter": (1.25e9, 1e-4, LINK_EFFICIENCY, "10 Gb/s Ethernet")},
+}
+
+# torch.cuda.get_device_name → cluster; the first that matches
+NAMES: tuple[tuple[str, str], ...] = (
+    (r"H100.*PCIe|H100 NVL", "h100-pcie"),
+    (r"H100", "h100-sxm"),
+    (r"H200", "h200"),
+    (r"B200", "b200"),
+    (r"A100.*PCI", "a100-pcie"),
+    (r"A100.*40GB", "a100-40"),
+    (r"A100", "a100-80"),
+    (r"V100", "v100"),
+    (r"\bL4\b", "l4"),
+    (r"RTX 4090", "rtx4090"),
+    (r"MI300X", "mi300x"),
+)
+
+
+def match_name(device_name: str) -> str | None:
+    """The cluster whose devices have this name, or None."""
+    return next((cluster for pattern, cluster in NAMES if re.search(pattern, device_name, re.IGNORECASE)), None)
+
+
+def host_memory_bytes() -> int:
+    """Memory of the present machine, or of the container that this process is confined to."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as f:
+                total = min(total, int(f.read()))
+        except (OSError, ValueError):
+            continue
+    return total
