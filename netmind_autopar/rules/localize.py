@@ -6,20 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..ir.spec import Spec, local_parts, local_shape, part_start
+from ..ir.local import Local
+from ..ir.spec import Spec
 from .algebra import Rule, Strategy, letter_spec
 
 
 def localize_args(args: Sequence[Any], kwargs: Mapping[str, Any], rule: Rule, strategy: Strategy, out_spec: Spec | None,
-                  sizes: tuple[int, ...], coord: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                  sizes: tuple[int, ...], coord: tuple[int, ...] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's (args, kwargs) with every adjusted argument as the device at `coord` needs it; tensors (or nodes) untouched.
 
-    `out_spec` is the Spec of output 0 under the strategy, or None when there is no such output. `sizes` is the mesh.
+    `out_spec` is the Spec of output 0 under the strategy, or None when there is no such output. `sizes` is the mesh. Without
+    `coord` an argument that differs between devices becomes an `ir.local.Local`, to be bound on each.
     """
     new_args, new_kwargs = list(args), dict(kwargs)
     for place, what in rule.adjust:
         old = new_args[place] if isinstance(place, int) else new_kwargs.get(place)
-        value = local_value(what, old, rule, strategy, out_spec, sizes, coord)
+        value = _value(what, old, rule, strategy, out_spec)
+        if isinstance(value, Local):
+            value = value.folded(sizes) if coord is None else value.at(sizes, coord)
         if isinstance(place, int):
             new_args[place] = value
         else:
@@ -27,8 +31,7 @@ def localize_args(args: Sequence[Any], kwargs: Mapping[str, Any], rule: Rule, st
     return tuple(new_args), new_kwargs
 
 
-def local_value(what: str, old: Any, rule: Rule, strategy: Strategy, out_spec: Spec | None, sizes: tuple[int, ...],
-                coord: tuple[int, ...]) -> Any:
+def _value(what: str, old: Any, rule: Rule, strategy: Strategy, out_spec: Spec | None) -> Local | list[int]:
     """One adjusted argument.
 
     "shape", "parts", "starts", "lengths" describe output 0. "size:a*b*3" is a product of local letter sizes and numbers (for a
@@ -36,26 +39,11 @@ def local_value(what: str, old: Any, rule: Rule, strategy: Strategy, out_spec: S
     """
     kind, _, product = what.partition(":")
     if kind in ("size", "start"):
-        letters = letter_spec(rule, strategy)
-        value = math.prod(_factor(word, kind, rule, letters, sizes, coord) for word in product.split("*"))
-        return [value] * len(old) if isinstance(old, (list, tuple)) else value
+        words = product.split("*")
+        order = list(rule.sizes)
+        parts = tuple(order.index(word) for word in words if not word.isdigit())
+        times = math.prod(int(word) for word in words if word.isdigit())
+        return Local(kind, str(letter_spec(rule, strategy)), parts, times, len(old) if isinstance(old, (list, tuple)) else 0)
     if out_spec is None:
         raise ValueError(f"the argument {what!r} follows output 0, which is switched off")
-    if kind == "shape":
-        return list(local_shape(out_spec, sizes, coord))
-    if kind == "parts":
-        return list(out_spec.parts)
-    if kind == "lengths":
-        return list(local_parts(out_spec, sizes, coord))
-    if kind == "starts":
-        return [part_start(out_spec, sizes, coord, i) for i in range(len(out_spec.parts))]
-    raise ValueError(f"unknown adjustment {what!r}")
-
-
-def _factor(word: str, kind: str, rule: Rule, letters: Spec, sizes: tuple[int, ...], coord: tuple[int, ...]) -> int:
-    if word.isdigit():
-        return int(word)
-    part = list(rule.sizes).index(word)
-    if kind == "start":
-        return part_start(letters, sizes, coord, part)
-    return local_parts(letters, sizes, coord)[part]
+    return list(out_spec.parts) if what == "parts" else Local(what, str(out_spec))
