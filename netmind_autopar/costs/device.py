@@ -24,6 +24,7 @@ A profile is a .toml or .json file (examples/cluster.toml). Every number is requ
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..ir.errors import MeshError, ProfileError
 from ..ir.mesh import Axis, Device, Mesh, parse_axes
 from .presets import CLUSTERS, DEVICES, host_memory_bytes, match_name
+
+MOST_DEVICES = 2**22
 
 # Bounds are generous: outside of them a number is in the wrong unit.
 Rate = Annotated[float, Field(ge=1e3, le=1e16, allow_inf_nan=False)]  # bytes/s
@@ -174,8 +177,8 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
     if isinstance(mesh, Mesh):
         return mesh
     names, ranks = _ranks(mesh)
-    present = cluster is None
-    profile = cluster_profile(default_cluster() if cluster is None else cluster)
+    chosen = cluster or default_cluster()
+    profile = cluster_profile(chosen)
     nodes = ranks // profile.node_size
     axes = []
     for i, name in enumerate(names):
@@ -183,11 +186,11 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
         link = profile.links.intra if inside else profile.links.inter
         axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s))
     memory = profile.device.memory_bytes
-    if profile.device.name == "cpu":
+    if chosen == "cpu":
         memory //= min(ranks.size, profile.node_size)
-    elif present:
+    elif cluster is None:
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return Mesh(tuple(axes), _device(profile.device, memory), cluster or profile.name)
+    return Mesh(tuple(axes), _device(profile.device, memory), chosen)
 
 
 def _device(profile: DeviceProfile, memory_bytes: int) -> Device:
@@ -199,15 +202,19 @@ def _ranks(mesh: Any) -> tuple[tuple[str, ...], np.ndarray]:
     """Axis names, and the rank at every point of the mesh."""
     if isinstance(mesh, str):
         axes = parse_axes(mesh)
-        sizes = tuple(n for _, n in axes)
-        return tuple(name for name, _ in axes), np.arange(np.prod(sizes)).reshape(sizes)
+        return tuple(name for name, _ in axes), _consecutive(tuple(n for _, n in axes))
     if isinstance(mesh, int) and not isinstance(mesh, bool):
-        if mesh < 1:
-            raise MeshError(f"a mesh of {mesh} devices", try_="a number of devices of 1 or more")
-        return ("axis0",), np.arange(mesh)
+        return ("axis0",), _consecutive((mesh,))
     if isinstance(getattr(mesh, "mesh", None), torch.Tensor):  # a DeviceMesh; torch.distributed need not be built in
         ranks = mesh.mesh.cpu().numpy()
         names = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(ranks.ndim))
         return tuple(names), ranks
     raise MeshError(f"not a mesh: {type(mesh).__name__}", why="a mesh is a DeviceMesh, a text such as \"dp=2,tp=4\", or a number of devices",
                     try_='"dp=2,tp=4"')
+
+
+def _consecutive(sizes: tuple[int, ...]) -> np.ndarray:
+    size = math.prod(sizes)
+    if not 1 <= size <= MOST_DEVICES:
+        raise MeshError(f"a mesh of {size} devices", try_=f"a mesh of 1 to {MOST_DEVICES} devices")
+    return np.arange(size).reshape(sizes)
