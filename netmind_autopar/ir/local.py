@@ -17,7 +17,7 @@ from .spec import is_even, local_parts, local_shape, parse_spec, part_start
 
 @dataclass(frozen=True)
 class Local:
-    """what: "shape", "lengths", "starts" (lists over dims or parts of the spec), "size" or "start" (of the product of `parts`).
+    """what: "shape", "parts" (global sizes), "lengths", "starts" (lists over dims or parts of the spec), "size" or "start" (of the product of `parts`).
 
     A size or start is multiplied by `times`, and repeated into a list of `repeat` elements when that is not 0.
     """
@@ -31,6 +31,8 @@ class Local:
     def at(self, sizes: tuple[int, ...], coord: tuple[int, ...]) -> Any:
         """The value on the device at `coord` of a mesh with these axis sizes."""
         spec = parse_spec(self.spec)
+        if self.what == "parts":
+            return list(spec.parts)
         if self.what == "shape":
             return list(local_shape(spec, sizes, coord))
         if self.what == "lengths":
@@ -46,7 +48,7 @@ class Local:
 
     def folded(self, sizes: tuple[int, ...]) -> Any:
         """The value itself when all devices agree on it, else this formula."""
-        varies = self.what.startswith("start") or not is_even(parse_spec(self.spec), sizes)
+        varies = self.what.startswith("start") or (self.what != "parts" and not is_even(parse_spec(self.spec), sizes))
         return self if varies else self.at(sizes, (0,) * len(sizes))
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .errors import PlanError
+from .mesh import Axis, Device, Mesh
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
@@ -36,6 +37,13 @@ class PlanAxis(_Part):
     size: int = Field(ge=1)
     bandwidth_bytes_s: float = Field(default=1e11, gt=0, allow_inf_nan=False)
     latency_s: Seconds = 1e-5
+
+
+class PlanDevice(_Part):
+    """What the price of a local copy depends on: it decides between chains of moves, so it travels with the plan."""
+
+    memory_bandwidth_bytes_s: float = Field(default=1e11, gt=0, allow_inf_nan=False)
+    launch_s: Seconds = 5e-6
 
 
 class Memory(_Part):
@@ -88,7 +96,9 @@ class Plan(_Part):
     version: Literal[1] = 1
     graph_hash: str = Field(pattern=r"^[0-9a-f]{16}$")
     mesh: tuple[PlanAxis, ...] = Field(min_length=1)
+    device: PlanDevice = PlanDevice()
     cluster: str = "custom"
+    inputs: Literal["global", "local"] = "global"
     memory_limit_bytes: Bytes | None = None
     optimizer: str = "adamw"
     choices: dict[str, str]
@@ -122,6 +132,12 @@ class Plan(_Part):
     @property
     def axis_names(self) -> tuple[str, ...]:
         return tuple(axis.name for axis in self.mesh)
+
+    def links(self) -> Mesh:
+        """The mesh as far as conversions depend on it: a plan lowers alike wherever it is loaded."""
+        axes = tuple(Axis(a.name, a.size, a.bandwidth_bytes_s, a.latency_s) for a in self.mesh)
+        device = Device("planned", (("float32", 1.0),), 1, self.device.memory_bandwidth_bytes_s, 1.0, self.device.launch_s)
+        return Mesh(axes, device, self.cluster)
 
     def dumps(self) -> str:
         """The file's text: the same plan gives the same bytes."""

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from ..costs.comm import BUCKET_BYTES
 from ..ir.program import Draft, Program
 from ..ir.spec import local_bytes, parse_spec
 from ..runtime.collectives import bucket, move
 
 if TYPE_CHECKING:
     from .pipeline import Lowering
-
-BUCKET_BYTES = 25_000_000  # as torch's DistributedDataParallel: large enough to hide latency, small enough to start early
 
 
 def bucket_gradients(program: Program, context: Lowering) -> Program:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from ..ir.program import Input, Output, Program, is_getitem, source, tensor_args, values
+from ..ir.errors import GraphError
+from ..ir.local import Local
+from ..ir.program import Input, Output, Program, is_getitem, tensor_args, values
 from ..ir.spec import Replicate, Spec, plain
-from ..rules.algebra import Rule, Strategy, input_specs, output_specs
-from ..rules.localize import localize_args
+from ..rules.algebra import Rule, Strategy, input_specs, letter_spec, output_specs
+from ..solver.conversions import owner_of, value_of
 
 if TYPE_CHECKING:
     from .pipeline import Lowering
@@ -23,52 +26,68 @@ def localize(program: Program, context: Lowering) -> Program:
         ends = program.placeholders()
         for node in new.graph.nodes:
             if node.op == "placeholder":
-                new.specs[node.name] = placeholder_spec(node, ends[node.name], context)
+                new.specs[node.name] = _end_spec(_end_name(ends[node.name]), values(node)[0], context)
             elif node.op == "get_attr":
                 new.specs[node.name] = _replicated(values(node)[0], context)
             elif node.op == "call_function" and not is_getitem(node):
                 _localize_op(node, context.rules[node.name], context.strategies[node.name], new, context)
-        new.expects["output"] = tuple(output_spec(program, out, new.specs, context) for out in program.outputs)
+        new.expects["output"] = tuple(_result_spec(program, out, new.specs, context) for out in program.outputs)
     return new.program
 
 
 def _localize_op(node: fx.Node, rule: Rule, strategy: Strategy, new, context: Lowering) -> None:
     outs = values(node)
     specs = output_specs(rule, strategy, [None if v is None else v.dtype for v in outs])
-    new.expects[node.name] = input_specs(rule, strategy, [_dtype(arg) for arg in tensor_args(node)])
+    new.expects[node.name] = input_specs(rule, strategy, [value_of(arg).dtype for arg in tensor_args(node)])
     new.specs[node.name] = specs if isinstance(node.meta["val"], (tuple, list)) else specs[0]
     if rule.adjust:
-        node.args, node.kwargs = localize_args(node.args, node.kwargs, rule, strategy, specs[0], context.sizes)
+        _localize_args(node, rule, strategy, specs[0], context.sizes)
 
 
-def placeholder_spec(node: fx.Node, item: Input, context: Lowering) -> Spec:
-    """Where an input lies: a parameter as its choice says, the rest replicated unless the plan chose otherwise."""
-    value = values(node)[0]
-    strategy = context.strategies.get(node.name)
-    rule = context.rules.get(node.name)
-    if strategy is None or rule is None:
-        return _replicated(value, context)
-    spec = output_specs(rule, strategy, [value.dtype])[0]
-    return spec if spec is not None else _replicated(value, context)
+def _localize_args(node: fx.Node, rule: Rule, strategy: Strategy, out: Spec | None, sizes: tuple[int, ...]) -> None:
+    """Replace the arguments that follow the local shapes: by a number where all ranks agree, else by a formula."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for place, what in rule.adjust:
+        old = args[place] if isinstance(place, int) else kwargs.get(place)
+        new = local_formula(what, len(old) if isinstance(old, (list, tuple)) else 0, rule, strategy, out).folded(sizes)
+        if isinstance(place, int):
+            args[place] = new
+        else:
+            kwargs[place] = new
+    node.args, node.kwargs = tuple(args), kwargs
 
 
-def output_spec(program: Program, out: Output, specs: Mapping[str, Spec | tuple], context: Lowering) -> Spec:
+def local_formula(what: str, repeat: int, rule: Rule, strategy: Strategy, out: Spec | None) -> Local:
+    """One adjustment of a rule ("shape", "size:a*3", "start:v" …) as a formula of the rank."""
+    kind, _, product = what.partition(":")
+    if kind in ("size", "start"):
+        words, letters = product.split("*"), list(rule.sizes)
+        parts = tuple(letters.index(w) for w in words if not w.isdigit())
+        return Local(kind, str(letter_spec(rule, strategy)), parts, math.prod(int(w) for w in words if w.isdigit()), repeat)
+    if out is None:
+        raise GraphError(f"the argument {what!r} follows output 0, which is switched off")
+    return Local(kind, str(out))
+
+
+def _end_name(item: Input) -> str:
+    """Under which name the choice stands: a tangent lies as the output it belongs to."""
+    return f"output.{item.name}" if item.role == "tangent" else item.node
+
+
+def _end_spec(name: str, value: torch.Tensor, context: Lowering) -> Spec:
+    """Where a tensor at the program's ends lies: as the plan chose, else replicated."""
+    strategy = context.strategies.get(name)
+    spec = output_specs(context.rules[name], strategy, [value.dtype])[0] if strategy else None
+    return spec or _replicated(value, context)
+
+
+def _result_spec(program: Program, out: Output, specs: Mapping[str, Spec | tuple], context: Lowering) -> Spec:
     """Where a result must lie: a gradient as its parameter, a buffer replicated, an output as the plan chose."""
-    value = values(program.node(out.node))[0]
-    if out.role == "grad":
-        owner = next(i for i in program.inputs if i.name == out.name and i.role in ("param", "input"))
-        return specs[owner.node]
-    strategy = context.strategies.get(f"output.{out.name}") if out.role == "output" else None
-    rule = context.rules.get(f"output.{out.name}")
-    if strategy is None or rule is None:
+    value, owner = value_of(program.node(out.node)), owner_of(program, out)
+    if owner is None:
         return _replicated(value, context)
-    return output_specs(rule, strategy, [value.dtype])[0]
+    return specs[owner] if owner in specs else _end_spec(owner, value, context)  # type: ignore[return-value]
 
 
 def _replicated(value: torch.Tensor, context: Lowering) -> Spec:
     return plain(value.shape, value.dtype, [Replicate()] * len(context.sizes))
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    producer, index = source(node)
-    return values(producer)[index].dtype

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from ..costs.comm import Conversions
 from ..ir import flags
 from ..ir.errors import GraphError
-from ..ir.mesh import Mesh
 from ..ir.plan import Plan
 from ..ir.program import Program, source, tensor_args
 from ..ir.spec import Spec, same_layout
 from ..rules.algebra import Rule, Strategy
+from ..solver.conversions import end_rules
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
 from .localize import localize
@@ -40,10 +40,11 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def lower(program: Program, rules: Mapping[str, Rule], plan: Plan, mesh: Mesh) -> Program:
+def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
     strategies = choices_to_strategies(program, rules, plan)
-    context = Lowering(plan, rules, strategies, Conversions(mesh, plan.random_costs), mesh.sizes)
+    rules = {**end_rules(program, plan.inputs), **rules}
+    context = Lowering(plan, rules, strategies, Conversions(plan.links(), plan.random_costs), plan.sizes)
     for step in PASSES:
         before = program
         program = step(program, context)

@@ -1,0 +1,102 @@
+"""The whole story: capture, bind rules, solve, lower, emit, run. Everything else is detail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .arguments import check_model, parse_memory, running_mesh
+from .costs.device import default_cluster, make_mesh
+from .ir import flags
+from .ir.mesh import Mesh
+from .ir.plan import Plan
+from .ir.program import Program
+from .passes.emit import emit
+from .passes.pipeline import lower
+from .rules.bind import bind_program
+from .runtime.agree import all_alike, from_rank_zero, together
+from .runtime.module import Executable, ParallelModule
+from .solver.solve import solve
+from .tracer.capture import capture
+from .tracer.hash import graph_hash
+
+Progress = Callable[[str], None]
+
+
+def plan(model: nn.Module, sample_inputs: Any, mesh: str | Mesh | DeviceMesh, *, cluster: str | None = None, memory: str | int | None = None,
+         optimizer: str = "adamw", pins: Mapping[str, str | Sequence[str]] | None = None, inputs: Literal["global", "local"] = "global",
+         outputs: Sequence[str] | Literal["global"] | None = None, differentiable: Sequence[str] | None = None,
+         random_costs: int | None = None, time_limit: float = 60.0, gap: float = 1e-4, strict: bool = False,
+         progress: Progress | None = None) -> Plan:
+    """Decide how `model` runs on `mesh`; needs no process group, no accelerator and no weights.
+
+    sample_inputs: a tensor, tuple or dict of tensors with global shapes. mesh: "dp=4,tp=8", a DeviceMesh or a Mesh.
+    cluster: a preset or a profile file; the present machine when None. memory: bytes or "70GiB" per device; the device's own
+    when None. pins: {"lm_head.weight": "S(0)"} fixes parameters. outputs: names to keep, all when None. random_costs: a seed; prices
+    are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
+    Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
+    """
+    say = progress or (lambda _: None)
+    start = time.process_time()
+    say("capturing the model")
+    program = _capture(model, sample_inputs, outputs, differentiable)
+    found = _solve(program, make_mesh(mesh, cluster or default_cluster()), say, memory=memory, optimizer=optimizer, pins=pins, inputs=inputs,
+                   random_costs=random_costs, time_limit=time_limit, gap=gap, strict=strict)
+    return found.timed(time.process_time() - start)
+
+
+def autoparallelize(model: nn.Module, sample_inputs: Any, device_mesh: DeviceMesh | str, *, plan: Plan | None = None,
+                    cluster: str | None = None, memory: str | int | None = None, optimizer: str = "adamw",
+                    pins: Mapping[str, str | Sequence[str]] | None = None, inputs: Literal["global", "local"] = "global",
+                    outputs: Sequence[str] | Literal["global"] | None = None, differentiable: Sequence[str] | None = None,
+                    random_costs: int | None = None, time_limit: float = 60.0, gap: float = 1e-4, strict: bool = False) -> ParallelModule:
+    """The same model running on every device of `device_mesh`; call it on every rank. Options as in `plan`.
+
+    plan: run this plan instead of searching one. outputs="global" gathers every output at once.
+    Rank 0 plans and all ranks check that they captured the same graph. The model is not touched.
+    Raises what `plan` raises, MeshError when mesh and processes do not fit, PlanError when the plan belongs to another model or mesh.
+    """
+    torch_mesh = running_mesh(device_mesh)
+    program: Program = together(lambda: _capture(model, sample_inputs, outputs, differentiable))  # type: ignore[assignment]
+    all_alike("the captured graph", graph_hash(program), why="every rank must build the same model and sample inputs",
+              try_="seed and configure all ranks alike")
+    mesh = make_mesh(torch_mesh, cluster or (plan.cluster if plan else default_cluster()))
+    found = Plan.loads(from_rank_zero(lambda: (plan or _solve(
+        program, mesh, lambda _: None, memory=memory, optimizer=optimizer, pins=pins, inputs=inputs, random_costs=random_costs,
+        time_limit=time_limit, gap=gap, strict=strict)).dumps()))
+    all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
+    executable = together(lambda: compile_plan(program, found, training=model.training))
+    return ParallelModule(executable, model, found, torch_mesh, gather_outputs=outputs == "global")  # type: ignore[arg-type]
+
+
+def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
+    """Lower and emit. Raises PlanError when the plan was made for another program."""
+    lowered = lower_plan(program, plan)
+    source = emit(lowered, plan)
+    flags.debug(4, source)
+    flags.dump("emitted.py", source)
+    return Executable.of(lowered, source, lambda: emit(lowered, plan, inference=True), training=training)
+
+
+def lower_plan(program: Program, plan: Plan) -> Program:
+    """The program of one device, rank-symbolic."""
+    return lower(program, bind_program(program), plan)
+
+
+def _capture(model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str | None, differentiable: Sequence[str] | None) -> Program:
+    kept = None if outputs is None or outputs == "global" else tuple(outputs)
+    return capture(check_model(model), sample_inputs, outputs=kept, differentiable=tuple(differentiable) if differentiable else None)
+
+
+def _solve(program: Program, mesh: Mesh, say: Progress, *, memory: str | int | None, strict: bool, **options: Any) -> Plan:
+    say("reading the sharding rules")
+    rules = bind_program(program, strict=strict)
+    say("choosing shardings")
+    found = solve(program, rules, mesh, graph_hash=graph_hash(program), cluster=mesh.cluster, memory_limit=parse_memory(memory), **options)
+    flags.debug(1, found.dumps())
+    flags.dump("plan.json", found.dumps())
+    return found

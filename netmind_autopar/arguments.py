@@ -1,0 +1,66 @@
+"""Reading what the user passes: memory sizes and meshes, with errors that say what to write instead."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .ir.errors import InputError, MeshError
+from .ir.mesh import parse_axes
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_memory(value: str | int | None) -> int | None:
+    """`"70GiB"`, `"512MB"` or a number of bytes → bytes; None stays None. Raises InputError on anything else."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
+        raise InputError(f"cannot read the memory limit {value!r}", why="a limit is a positive number with a unit", try_='memory="70GiB"')
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def check_model(model: object) -> nn.Module:
+    """Raises InputError unless `model` is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}, not an nn.Module", try_="pass the module itself, unmodified")
+    return model
+
+
+def running_mesh(mesh: DeviceMesh | str) -> DeviceMesh:
+    """The DeviceMesh to run on. A mesh string is laid over all processes; one process alone gets a group of its own.
+
+    Raises MeshError when there are more or fewer processes than the mesh has devices.
+    """
+    if isinstance(mesh, DeviceMesh):
+        if mesh.get_coordinate() is None:
+            raise MeshError("this process is not part of the mesh", where=str(mesh), try_="build the mesh over all processes that call autoparallelize")
+        return mesh
+    if not isinstance(mesh, str):
+        raise MeshError(f"the mesh is a {type(mesh).__name__}", why="a mesh is a DeviceMesh or text", try_='init_device_mesh("cpu", (2, 2)) or "dp=2,tp=2"')
+    axes = parse_axes(mesh)
+    need = math.prod(n for _, n in axes)
+    have = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if need != have:
+        raise MeshError(f"the mesh {mesh} has {need} devices, and {have} process{'es' if have > 1 else ''} run", why="one process drives one device",
+                        try_=f"torchrun --nproc-per-node {need} …, or a mesh of {have}")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if not dist.is_initialized():
+        _start(have, "nccl" if kind == "cuda" else "gloo")
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return init_device_mesh(kind, tuple(n for _, n in axes), mesh_dim_names=tuple(name for name, _ in axes))
+
+
+def _start(processes: int, backend: str) -> None:
+    if processes > 1 or "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
