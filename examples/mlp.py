@@ -1,5 +1,7 @@
 """A plain MLP classifier. `netmind-autopar plan examples/mlp.py --mesh tp=8 --cluster h100-sxm`; `examples/mlp.py:tiny` is small."""
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ class MLP(nn.Module):
     def __init__(self, features: int, width: int, classes: int, layers: int = 2) -> None:
         super().__init__()
         sizes = [features] + [width] * layers + [classes]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:

@@ -202,7 +202,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from . import api
+    from .verify import verify
 
     plan = Plan.load(args.plan)
     with _progress() as progress:
@@ -211,7 +211,7 @@ def run_verify(args: argparse.Namespace) -> int:
         if args.dtype:
             loaded = modelfile.cast(loaded, args.dtype)
         progress(f"running {' × '.join(map(str, plan.sizes))} ranks in lockstep")
-        result = api.verify(loaded.model, loaded.inputs, plan, steps=args.steps)
+        result = verify(loaded.model, loaded.inputs, plan, steps=args.steps)
     report.console().print(report.verify_report(result))
     return OK if result.ok else DIFFERS
 
@@ -219,14 +219,15 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_mesh(args: argparse.Namespace) -> int:
     from .costs.device import make_mesh
 
-    report.console().print(report.mesh_report(make_mesh(args.mesh, cluster=args.cluster)))
+    report.console().print(report.mesh_report(make_mesh(args.mesh, args.cluster)))
     return OK
 
 
 def run_clusters(args: argparse.Namespace) -> int:
-    from .costs import device
+    from .costs.device import cluster_profile
+    from .costs.presets import CLUSTERS
 
-    report.console().print(report.clusters_report(device))
+    report.console().print(report.clusters_report([cluster_profile(name) for name in CLUSTERS]))
     return OK
 
 

@@ -15,6 +15,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .costs.device import ClusterProfile
+from .ir.mesh import Mesh
 from .ir.plan import Cost, Plan
 from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
 
@@ -72,12 +74,17 @@ def _dim_word(dim: int, rank: int) -> str:
     return DIMS[dim] if rank == 2 else f"dim {dim}"
 
 
-def placements_of(plan: Plan, name: str, rank: int) -> tuple[Placement, ...]:
-    """How a plan stores the parameter with this name: its class is the choice whose `*` stand for the name's numbers."""
-    choice = plan.choices.get(name)
-    if choice is None:
-        wanted = [c for key, c in plan.choices.items() if "*" in key and re.fullmatch(re.escape(key).replace(r"\*", r"\d+"), name)]
-        choice = wanted[0] if wanted else ""
+def placements_of(plan: Plan, name: str, rank: int, variant: int = 0) -> tuple[Placement, ...]:
+    """How a plan stores a parameter: its class is the choice of that name, `*` standing for the numbers of repeated blocks.
+
+    variant: parameters of one class name whose shapes differ are classes of their own, numbered in the model's order.
+    """
+    suffix = f"~{variant}" if variant else ""
+    choice = plan.choices.get(name + suffix, "")
+    for key, found in plan.choices.items() if not choice else ():
+        if "*" in key and re.fullmatch(re.escape(key).replace(r"\*", r"\d+"), name + suffix):
+            choice = found
+            break
     symbols = choice.split() or ["-"] * len(plan.mesh)
     letters = [f"d{i}" for i in range(rank)]
     return tuple(Shard(letters.index(s)) if s in letters else Replicate() for s in symbols)
@@ -87,15 +94,20 @@ def parameter_rows(plan: Plan, parameters: Iterable[tuple[str, torch.Tensor]]) -
     """One row per repeated class of parameters: same name but for the block's number, same shape, same placements."""
     rows: dict[tuple, list[str]] = {}
     tensors: dict[str, torch.Tensor] = {}
+    variants: dict[str, list[tuple]] = {}
     for name, tensor in parameters:
         tensors[name] = tensor
-        key = (re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name), tuple(tensor.shape), placements_of(plan, name, tensor.dim()))
+        starred = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+        shapes = variants.setdefault(starred, [])
+        if (shape := tuple(tensor.shape)) not in shapes:
+            shapes.append(shape)
+        key = (starred, shape, placements_of(plan, name, tensor.dim(), shapes.index(shape)))
         rows.setdefault(key, []).append(name)
     out = []
-    for (pattern, shape, placements), names in rows.items():
+    for (starred, shape, placements), names in rows.items():
         spec = plain(shape, tensors[names[0]].dtype, placements)
-        name = pattern if len(names) > 1 else names[0]
-        out.append(ParameterRow(name, len(names), shape, spec.dtype, placements, len(names) * local_bytes(spec, plan.sizes)))
+        shown = starred if len(names) > 1 else names[0]
+        out.append(ParameterRow(shown, len(names), shape, spec.dtype, placements, len(names) * local_bytes(spec, plan.sizes)))
     return out
 
 
@@ -276,6 +288,39 @@ def verify_report(report: object) -> Group:
     if first := report.first_difference:  # type: ignore[attr-defined]
         parts.append(Text(f"first operation that differs: {first}"))
     return Group(*parts)
+
+
+def mesh_report(mesh: Mesh) -> Group:
+    """The axes of a mesh with their links, and the device."""
+    devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
+    title = f"{devices} of {mesh.cluster}: {mesh.device.name}, {size(mesh.device.memory_bytes)} each"
+    table = _table("axis", "size", "sends", "latency", right="size,sends,latency")
+    for axis in mesh.axes:
+        table.add_row(axis.name, str(axis.size), _rate(axis.bandwidth_bytes_s), seconds(axis.latency_s))
+    return _section(title, table)
+
+
+def clusters_report(profiles: Iterable[ClusterProfile]) -> Group:
+    """One line per preset: the device, and what it can send inside a node and between nodes."""
+    table = _table(
+        "cluster", "device", "memory", "TFLOP/s", "a node", "inside it", "between", right="memory,TFLOP/s,a node,inside it,between"
+    )
+    for p in profiles:
+        best = max(p.device.peak_flops.get(name, 0.0) for name in ("bfloat16", "float16", "float32"))
+        table.add_row(
+            p.name,
+            p.device.name,
+            size(p.device.memory_bytes),
+            _digits(best / 1e12),
+            str(p.node_size),
+            _rate(p.links.intra.bandwidth_bytes_s),
+            _rate(p.links.inter.bandwidth_bytes_s),
+        )
+    return _section("Clusters (TFLOP/s of bfloat16 or float16 where there is one; a node's devices; what one device can send)", table)
+
+
+def _rate(bytes_s: float) -> str:
+    return f"{_digits(bytes_s / 1e9)} GB/s"
 
 
 def console(file: IO[str] | None = None, width: int | None = None) -> Console:

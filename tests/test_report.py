@@ -1,0 +1,127 @@
+"""What plans look like on screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from netmind_autopar import report
+from netmind_autopar.ir.plan import Collective, Cost, Memory, Plan, PlanAxis, Replicated
+from netmind_autopar.ir.spec import Replicate, Shard
+
+
+def example() -> Plan:
+    gib = 2**30
+    return Plan(
+        graph_hash="0123456789abcdef",
+        mesh=(PlanAxis(name="dp", size=2), PlanAxis(name="tp", size=4)),
+        cluster="h100-sxm",
+        memory_limit_bytes=70 * gib,
+        choices={
+            "transformer.wte.weight": "d0 d0",
+            "transformer.h.*.attn.c_attn.weight": "- d1",
+            "transformer.h.*.mlp.c_proj.weight": "d1 d0",
+            "transformer.h.*.attn.c_attn.mm": "m n",
+        },
+        cost=Cost(
+            step_s=0.0123,
+            compute_s=0.009,
+            communication_s=0.0033,
+            peak_bytes=3 * gib,
+            memory=Memory(parameters=gib, gradients=gib, optimizer=gib // 2, activations=gib // 2),
+        ),
+        collectives=(
+            Collective(kind="all_reduce", axis="tp", phase="forward", count=4, bytes=2**20, seconds=1e-3),
+            Collective(kind="reduce_scatter", axis="dp", phase="backward", count=14, bytes=2**27, seconds=2.3e-3),
+        ),
+        replicated=(Replicated(op="aten.cumsum.default", where="model.py:41  probs.cumsum(-1)", count=2, seconds=3e-4),),
+        bound_s=0.01229,
+        gap=8e-4,
+        status="optimal",
+        solver="HiGHS",
+    ).timed(1.234)
+
+
+def parameters() -> list[tuple[str, torch.Tensor]]:
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta")
+
+    out = [("transformer.wte.weight", meta(50257, 1600)), ("transformer.wpe.weight", meta(1024, 1600))]
+    for i in range(48):
+        out += [(f"transformer.h.{i}.attn.c_attn.weight", meta(1600, 4800)), (f"transformer.h.{i}.attn.c_attn.bias", meta(4800))]
+        out += [(f"transformer.h.{i}.mlp.c_proj.weight", meta(6400, 1600))]
+    return out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_plan_report(width: int, golden: Callable[[str, str], None]) -> None:
+    plan = example()
+    text = report.render(report.plan_report(plan, "GPT2LMHeadModel", report.parameter_rows(plan, parameters()), show_all=True), width)
+    assert max(map(len, text.splitlines())) <= width
+    golden(f"plan_{width}.txt", text)
+
+
+def test_diff_report(golden: Callable[[str, str], None]) -> None:
+    plan = example()
+    assert report.diff_report(plan, plan) is None
+    other = plan.model_copy(update={"choices": {**plan.choices, "transformer.wte.weight": "- d0"}, "collectives": plan.collectives[:1]})
+    shown = report.diff_report(plan, other, ("a.json", "b.json"))
+    assert shown is not None
+    golden("diff.txt", report.render(shown, 80))
+
+
+def test_parameter_rows_count_bytes() -> None:
+    wte, wpe, attn, bias, proj = report.parameter_rows(example(), parameters())
+    assert (wte.count, attn.count) == (1, 48)
+    assert wte.device_bytes == math.ceil(math.ceil(50257 / 2) / 4) * 1600 * 4
+    assert wpe.device_bytes == 1024 * 1600 * 4
+    assert attn.device_bytes == 48 * 1600 * 1200 * 4
+    assert bias.placements == (Replicate(), Replicate())
+    assert proj.placements == (Shard(1), Shard(0))
+
+
+def test_blocks_that_differ_get_rows_of_their_own() -> None:
+    plan = example().model_copy(update={"choices": {"h.0.w": "- d0", "h.*.w": "- -"}})
+    rows = report.parameter_rows(plan, [(f"h.{i}.w", torch.empty(8, 8, device="meta")) for i in range(4)])
+    assert [(r.name, r.count) for r in rows] == [("h.0.w", 1), ("h.*.w", 3)]
+
+
+@pytest.mark.parametrize(
+    ("placements", "rank", "expected"),
+    [
+        ((Replicate(), Replicate()), 2, "whole"),
+        ((Replicate(), Shard(0)), 2, "rows over tp"),
+        ((Shard(1), Shard(0)), 2, "rows over tp, columns over dp"),
+        ((Shard(0), Shard(0)), 2, "rows over dp × tp"),
+        ((Shard(0), Replicate()), 1, "split over dp"),
+        ((Replicate(), Shard(2)), 4, "dim 2 over tp"),
+    ],
+)
+def test_words(placements: tuple, rank: int, expected: str) -> None:
+    assert report.words(placements, rank, ("dp", "tp")) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 s"), (1.5, "1.50 s"), (0.0123, "12.3 ms"), (3e-4, "300 µs"), (2e-9, "2.00 ns"), (123.4, "123 s")]
+)
+def test_seconds(value: float, text: str) -> None:
+    assert report.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (70 * 2**30, "70.0 GiB"), (2**41, "2.00 TiB")]
+)
+def test_size(value: float, text: str) -> None:
+    assert report.size(value) == text
+
+
+def test_verify_report_says_which_operation_differs() -> None:
+    bad = SimpleNamespace(ok=False, max_rel_error=0.25, first_difference="mm_3  model.py:12  self.fc(x)", rows=())
+    shown = report.render(report.verify_report(bad))
+    assert "does NOT compute" in shown
+    assert "2.5e-01" in shown
+    assert "model.py:12" in shown
