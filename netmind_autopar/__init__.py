@@ -1,11 +1,31 @@
-"""netmind-autopar: parallelises an unmodified PyTorch model by itself. The public names are all here."""
+"""netmind-autopar: parallelises an unmodified PyTorch model by itself. The public names are all here.
 
-from .api import autoparallelize, plan
-from .ir.errors import AutoparError
-from .ir.mesh import Mesh
-from .ir.plan import Plan
-from .runtime.module import ParallelModule
-from .verify import Report, verify
+Names are imported when they are first used, so that a worker that only runs an emitted module never loads tracer or solver.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import autoparallelize, plan
+    from .ir.errors import AutoparError
+    from .ir.mesh import Mesh
+    from .ir.plan import Plan
+    from .runtime.module import ParallelModule
+    from .verify import Report, verify
 
 __all__ = ["AutoparError", "Mesh", "ParallelModule", "Plan", "Report", "autoparallelize", "plan", "verify"]
 __version__ = "0.1.0"
+
+_HOMES = {"autoparallelize": "api", "plan": "api", "AutoparError": "ir.errors", "Mesh": "ir.mesh", "Plan": "ir.plan",
+          "ParallelModule": "runtime.module", "Report": "verify", "verify": "verify"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # a submodule of the same name (verify) must not hide the function
+    return value
