@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from .ir.mesh import Mesh
     from .ir.plan import Plan
     from .runtime.module import ParallelModule
-    from .verify import Report, verify
+    from .verification import Report, verify
 
 __all__ = ["AutoparError", "Mesh", "ParallelModule", "Plan", "Report", "autoparallelize", "plan", "verify"]
 __version__ = "0.1.0"
 
 _HOMES = {"autoparallelize": "api", "plan": "api", "AutoparError": "ir.errors", "Mesh": "ir.mesh", "Plan": "ir.plan",
-          "ParallelModule": "runtime.module", "Report": "verify", "verify": "verify"}
+          "ParallelModule": "runtime.module", "Report": "verification", "verify": "verification"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # a submodule of the same name (verify) must not hide the function
+    globals()[name] = value
     return value

@@ -23,6 +23,7 @@ LAYERS = (
     ("passes",),
     ("arguments",),
     ("api",),
+    ("verification",),
     ("verify",),
     ("__init__",),
     ("report", "modelfile"),
