@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from netmind_autopar.solver.problem import Consumer, Node, Problem, Value, evaluate
+from netmind_autopar.solver.search import solve_problem
 from netmind_autopar.solver.shard import solve_ilp
 
 
@@ -75,3 +76,18 @@ def test_ilp_equals_brute_force(seed, binding):
     assert found.seconds == pytest.approx(best, rel=1e-6, abs=1e-12) and found.status == "optimal"
     assert found.bound <= best * (1 + 1e-9)
     assert problem.limit_bytes is None or evaluate(problem, found.choice)[1] <= problem.limit_bytes
+
+
+@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("binding", [False, True])
+def test_bounds_and_pruning_lose_nothing(seed, binding):
+    problem = random_problem(seed + 1000)
+    if binding:
+        problem = limited(problem, seed)
+    best, _ = brute_force(problem)
+    found = solve_problem(problem, gap=1e-6)
+    if best == math.inf:
+        assert found.status == "infeasible"
+        return
+    assert found.seconds == pytest.approx(best, rel=1e-6, abs=1e-12) and found.status == "optimal"
+    assert found.bound <= best * (1 + 1e-9) + 1e-12

@@ -1,0 +1,217 @@
+"""Lower bounds and good plans without an ILP, so that the ILP which follows is small.
+
+The problem is relaxed to nodes and pairs: a conversion that a group of n consumers shares is charged to each of them at 1/n, which
+never exceeds its price. Moments of memory may carry a price λ_m (seconds per byte), charged in the same manner, which turns the
+limit into a term -Σ λ_m limit. The relaxation
+
+    min_x Σ_i θ_i(x_i) + Σ_ij θ_ij(x_i, x_j)   ≥   Σ_i min θ_i + Σ_ij min θ_ij
+
+is tightened by moving cost between nodes and edges, sequentially and never worse (Kolmogorov, "A new look at reweighted message
+passing", 2015). Whatever θ_i(k) exceeds min θ_i by is what choosing k costs at least: a strategy whose bound exceeds the price of
+a plan in hand is dropped, without loss. Plans in hand come from greedy decoding and coordinate descent on the true costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .memory import Pattern, patterns
+from .presolve import Kept
+from .problem import Choice, Problem, Value, wanted
+
+Prices = Mapping[int, float]  # moment -> seconds per byte
+
+
+class Local:
+    """True costs around one node, for coordinate descent: seconds, and priced bytes."""
+
+    def __init__(self, problem: Problem, kept: Kept, prices: Prices, weight: float = 1.0) -> None:
+        self.problem, self.kept, self.weight = problem, kept, weight
+        self.around: list[list[int]] = [[] for _ in problem.nodes]
+        for v, value in enumerate(problem.values):
+            for i in {value.node, *(c.node for c in value.consumers)}:
+                self.around[i].append(v)
+        total = sum(prices.values())
+        self.own = [weight * node.seconds + total * node.resident for node in problem.nodes]
+        self.memory = [[(price, pattern) for m, price in prices.items() for pattern in patterns(value, m)] for value in problem.values]
+        self.memo: list[dict[tuple[int, ...], float]] = [{} for _ in problem.values]
+
+    def value_cost(self, v: int, choice: list[int]) -> float:
+        value = self.problem.values[v]
+        key = (int(value.state[choice[value.node]]), *(int(c.state[choice[c.node]]) for c in value.consumers))
+        memo = self.memo[v]
+        if key not in memo:
+            p, targets = wanted(value, choice)
+            cost = self.weight * value.count * sum(float(value.seconds[p, q]) for q, _ in targets)
+            memo[key] = cost + sum(price * pattern.count * live_bytes(value, p, targets, pattern) for price, pattern in self.memory[v])
+        return memo[key]
+
+    def total(self, choice: list[int]) -> float:
+        return sum(float(own[k]) for own, k in zip(self.own, choice, strict=True)) + sum(
+            self.value_cost(v, choice) for v in range(len(self.problem.values)))
+
+    def descend(self, choice: Choice, sweeps: int = 6) -> Choice:
+        """Change one node at a time while that helps."""
+        now = list(choice)
+        for _ in range(sweeps):
+            changed = False
+            for i, ks in enumerate(self.kept):
+                if len(ks) == 1:
+                    continue
+                before, costs = now[i], []
+                for k in ks:
+                    now[i] = k
+                    costs.append(float(self.own[i][k]) + sum(self.value_cost(v, now) for v in self.around[i]))
+                best = int(np.argmin(costs))
+                keep = before in ks and costs[ks.index(before)] <= costs[best] * (1 + 1e-12)
+                now[i] = before if keep else ks[best]
+                changed |= now[i] != before
+            if not changed:
+                break
+        return tuple(now)
+
+
+def live_bytes(value: Value, p: int, targets: list[tuple[int, list[int]]], pattern: Pattern) -> int:
+    """Bytes of one instance at the moment the pattern describes: what `problem.items` counts."""
+    alive, total = pattern.fresh, 0
+    for q, takers in targets:
+        if value.same[p, q]:
+            alive |= any(pattern.holds[t] for t in takers)
+        else:
+            alive |= all(pattern.later[t] for t in takers)
+            total += int(value.copy_bytes[q]) * (any(pattern.taken[t] for t in takers) and any(pattern.holds[t] for t in takers))
+    return total + int(value.bytes[p]) * alive
+
+
+class Relaxed:
+    """The pairwise relaxation, its messages and its bound."""
+
+    def __init__(self, problem: Problem, kept: Kept, prices: Prices, *, limit: float = 0.0, weight: float = 1.0) -> None:
+        self.problem, self.kept = problem, kept
+        total = sum(prices.values())
+        self.constant = total * (problem.fixed_bytes - limit)
+        self.node = [weight * n.seconds[list(ks)] + total * n.resident[list(ks)] for n, ks in zip(problem.nodes, kept, strict=True)]
+        self.edge: dict[tuple[int, int], np.ndarray] = {}
+        top = sum(float(np.max(t, initial=0.0)) for t in self.node)
+        self.big = 0.0
+        parts = []
+        for value in problem.values:
+            source, shares = self._shares(value, prices, weight)
+            self.node[value.node] = self.node[value.node] + source[value.state[list(kept[value.node])]]
+            for t, share in enumerate(shares):
+                top += float(np.max(share[np.isfinite(share)], initial=0.0))
+                parts.append((value, t, share))
+        self.big = 4.0 * top + 1e-9
+        for value, t, share in parts:
+            self._add(value, t, np.where(np.isfinite(share), share, self.big))
+        self.before: list[list[int]] = [[] for _ in kept]
+        self.after: list[list[int]] = [[] for _ in kept]
+        for i, j in sorted(self.edge):
+            self.after[i].append(j)
+            self.before[j].append(i)
+
+    def _shares(self, value: Value, prices: Prices, weight: float) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Priced bytes per source state that are certain, and per consumer the charge for every pair of states."""
+        source = np.zeros(len(value.bytes))
+        possible = np.isfinite(value.seconds)
+        base = np.where(possible, np.where(possible, value.seconds, 0.0) * weight * value.count, np.inf)
+        shares = [np.zeros_like(base) for _ in value.consumers]
+        for p in range(len(source)):
+            for group in value.groups(p):
+                for t in group:
+                    shares[t][p] = base[p] / len(group)
+        for m, price in prices.items():
+            for pattern in patterns(value, m):
+                self._charge(value, pattern, price * pattern.count, source, shares)
+        return source, shares
+
+    def _charge(self, value: Value, pattern: Pattern, price: float, source: np.ndarray, shares: list[np.ndarray]) -> None:
+        holders = [t for t in range(len(shares)) if pattern.holds[t]]
+        for p in range(len(source)):
+            groups = value.groups(p)
+            if pattern.fresh or any(all(pattern.later[t] for t in group) for group in groups):
+                source[p] += price * value.bytes[p]
+            else:
+                for t in holders:
+                    shares[t][p] += price * value.bytes[p] * value.same[p] / len(holders)
+            for group in groups:
+                both = [t for t in group if pattern.taken[t] and pattern.holds[t]]
+                for t in both:
+                    shares[t][p] += price * value.copy_bytes * ~value.same[p] / len(both)
+
+    def _add(self, value: Value, t: int, share: np.ndarray) -> None:
+        i, j = value.node, value.consumers[t].node
+        rows, cols = value.state[list(self.kept[i])], value.consumers[t].state[list(self.kept[j])]
+        if i == j:
+            self.node[i] = self.node[i] + share[rows, cols]
+            return
+        table = share[rows][:, cols]
+        if not table.any():
+            return
+        key, table = ((i, j), table) if i < j else ((j, i), table.T)
+        self.edge[key] = self.edge[key] + table if key in self.edge else table.copy()
+
+    def restrict(self, kept: Kept) -> None:
+        """Forget the strategies that are not in `kept`; the messages of the others stay."""
+        at = [[old.index(k) for k in new] for old, new in zip(self.kept, kept, strict=True)]
+        self.node = [theta[ks] for theta, ks in zip(self.node, at, strict=True)]
+        self.edge = {(i, j): table[at[i]][:, at[j]] for (i, j), table in self.edge.items()}
+        self.kept = kept
+
+    def bound(self) -> float:
+        return self.constant + sum(float(t.min()) for t in self.node) + sum(float(t.min()) for t in self.edge.values())
+
+    def _collect(self, i: int) -> None:
+        """Bring everything that the edges around i say about i into its node."""
+        theta = self.node[i]
+        for j in self.before[i]:
+            table = self.edge[j, i]
+            least = table.min(axis=0)
+            theta += least
+            table -= least
+        for j in self.after[i]:
+            table = self.edge[i, j]
+            least = table.min(axis=1)
+            theta += least
+            table -= least[:, None]
+
+    def sweep(self) -> tuple[Choice, list[np.ndarray]]:
+        """One pass there and back. Returns a decoded choice and, per node, what each strategy costs above the best at least."""
+        n = len(self.kept)
+        picked = [0] * n
+        for i in range(n):
+            self._collect(i)
+            cost = self.node[i].copy()
+            for j in self.before[i]:
+                cost += self.edge[j, i][picked[j]]
+            picked[i] = int(cost.argmin())
+            self._spread(i, self.after[i], len(self.before[i]), forward=True)
+        excess: list[np.ndarray] = [np.zeros(0)] * n
+        for i in reversed(range(n)):
+            self._collect(i)
+            excess[i] = self.node[i] - self.node[i].min()
+            self._spread(i, self.before[i], len(self.after[i]), forward=False)
+        return tuple(int(ks[k]) for ks, k in zip(self.kept, picked, strict=True)), excess
+
+    def _spread(self, i: int, ahead: list[int], behind: int, *, forward: bool) -> None:
+        if not ahead:
+            return
+        part = self.node[i] / max(len(ahead), behind)
+        for j in ahead:
+            if forward:
+                self.edge[i, j] += part[:, None]
+            else:
+                self.edge[j, i] += part
+        self.node[i] = self.node[i] - part * len(ahead)
+
+
+def prune(kept: Kept, excess: list[np.ndarray], bound: float, best: float) -> Kept:
+    """Drop every strategy that cannot be in a plan cheaper than `best`, given the `bound` from before the sweep."""
+    room = best - bound + 1e-9 * abs(best)
+    out = []
+    for ks, over in zip(kept, excess, strict=True):
+        stay = tuple(k for k, e in zip(ks, over, strict=True) if e <= room)
+        out.append(stay or (ks[int(over.argmin())],))
+    return tuple(out)

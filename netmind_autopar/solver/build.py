@@ -1,0 +1,282 @@
+"""From a captured program to the solver's problem: classes instead of nodes, layouts instead of tensors, moments instead of ops."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from ..costs.comm import Conversions
+from ..ir.errors import InputError
+from ..ir.mesh import Mesh
+from ..ir.program import Input, Program, is_getitem, op_name, tensor_args, values
+from ..ir.spec import Spec, layout, local_bytes, same_layout
+from ..rules.algebra import Rule, Strategy, input_specs, output_specs, strategies
+from .conversions import Use, end_rules, owner_of, uses, value_of
+from .fold import classes, signature
+from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
+
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adagrad": 1, "rmsprop": 1, "momentum": 1, "sgd": 0}  # tensors per parameter
+VIEWS = frozenset(
+    "view _unsafe_view t transpose permute expand unsqueeze squeeze slice select split split_with_sizes unbind alias detach "
+    "as_strided diagonal narrow chunk movedim unfold".split()
+)
+RESULT = "result"  # the node that replicated results want
+NodeSeconds = Callable[[fx.Node, Rule, Strategy, Mesh], float]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One class: its members in program order, the rule and strategies they share, and the layouts that follow."""
+
+    name: str
+    members: tuple[str, ...]
+    rule: Rule
+    strategies: tuple[Strategy, ...]
+    takes: tuple[tuple[Spec, ...], ...]
+    gives: tuple[tuple[Spec | None, ...], ...]
+    role: str = "op"
+
+
+@dataclass(frozen=True)
+class Built:
+    """The problem, and what its numbers stand for: `kinds[i]` is node i, `specs[v]` the (source, target) layouts of value v,
+    `takers[v]` the uses of its first instance, `order[m]` the node that runs at moment m."""
+
+    problem: Problem
+    kinds: tuple[Kind, ...]
+    specs: tuple[tuple[tuple[Spec, ...], tuple[Spec, ...]], ...]
+    takers: tuple[tuple[Use, ...], ...]
+    order: tuple[str, ...]
+    nodes: Mapping[str, fx.Node]
+    forward_end: int
+
+
+def random_seconds(seed: int, name: str, label: str) -> float:
+    """A price between 1 µs and 1 ms that depends on the arguments alone."""
+    digest = hashlib.blake2b(f"{seed}|{name}|{label}".encode(), digest_size=8).digest()
+    return 1e-6 + 1e-3 * int.from_bytes(digest, "big") / 2**64
+
+
+def strategies_of(kind_rule: Rule, sizes: tuple[int, ...], cache: dict) -> tuple[Strategy, ...]:
+    key = (kind_rule.inputs, kind_rule.outputs, tuple(kind_rule.sizes.items()), kind_rule.fixed, kind_rule.reduce, sizes)
+    if key not in cache:
+        cache[key] = strategies(kind_rule, sizes)
+    return cache[key]
+
+
+def collect(program: Program, rules: Mapping[str, Rule], sizes: tuple[int, ...], inputs: str) -> dict[str, Kind]:
+    """All classes of the program by name. Tangents belong to the class of their output."""
+    rules = {**end_rules(program, inputs), **rules}
+    cache: dict = {}
+    members: dict[str, list[str]] = {}
+    names = classes(program, rules)
+    ends = program.placeholders()
+    for node_name, name in names.items():
+        if node_name not in ends or ends[node_name].role != "tangent":
+            members.setdefault(name, []).append(node_name)
+    nodes = {node.name: node for node in program.graph.nodes}
+    out: dict[str, Kind] = {}
+    for name, group in members.items():
+        node = nodes[group[0]]
+        role = ends[group[0]].role if group[0] in ends else "constant" if node.op == "get_attr" else "op"
+        out[name] = _kind(name, tuple(group), rules[group[0]], [value_of(a).dtype for a in tensor_args(node)],
+                          [None if v is None else v.dtype for v in values(node)], sizes, cache, role)
+    for item in program.outputs:
+        if item.role == "output":
+            name = f"output.{item.name}"
+            dtype = value_of(nodes[item.node]).dtype
+            out[name] = _kind(name, (), rules[name], [], [dtype], sizes, cache, "result")
+    out[RESULT] = Kind(RESULT, (), Rule((), (), {}), (("-",) * len(sizes),), ((),), ((),), "result")
+    return out
+
+
+def _kind(name, members, rule, ins, outs, sizes, cache, role) -> Kind:
+    found = strategies_of(rule, sizes, cache)
+    key = ("specs", id(found), tuple(ins), tuple(outs), rule.reduce, rule.inputs, rule.outputs)
+    if key not in cache:
+        cache[key] = tuple(input_specs(rule, s, ins) for s in found), tuple(output_specs(rule, s, outs) for s in found)
+    return Kind(name, members, rule, found, *cache[key], role)
+
+
+class _Build:
+    def __init__(self, program: Program, rules: Mapping[str, Rule], mesh: Mesh, inputs: str) -> None:
+        self.program, self.mesh, self.sizes = program, mesh, mesh.sizes
+        self.nodes = {node.name: node for node in program.graph.nodes}
+        self.kinds = collect(program, rules, mesh.sizes, inputs)
+        self.index = {name: i for i, name in enumerate(self.kinds)}
+        self.class_of = {member: kind.name for kind in self.kinds.values() for member in kind.members}
+        self.ends: dict[str, Input] = program.placeholders()
+        self.order = tuple(n.name for n in program.graph.nodes if n.op == "call_function" and not is_getitem(n)) or ("",)
+        self.moment = {name: m for m, name in enumerate(self.order)}
+        phases = [self.nodes[name].meta["phase"] if name else "forward" for name in self.order]
+        self.forward_end = max((m for m, phase in enumerate(phases) if phase == "forward"), default=0)
+        self.uses = uses(program)
+        self.hold = self._holds()
+        self.states: dict[Spec, tuple] = {}
+
+    def _holds(self) -> dict[str, int]:
+        """Per op the last moment at which something taken from it as a view is needed."""
+        end, hold = len(self.order) - 1, {}
+        by_node: dict[str, list[Use]] = {}
+        for (name, _), takers in self.uses.items():
+            by_node.setdefault(name, []).extend(takers)
+        for name in reversed(self.order):
+            last = self.moment.get(name, 0)
+            for use in by_node.get(name, ()):
+                last = max(last, end if use.result else self.held(use, hold))
+            hold[name] = last
+        return hold
+
+    def held(self, use: Use, hold: Mapping[str, int]) -> int:
+        """When a use lets go of what it took."""
+        if use.result:
+            return len(self.order) - 1
+        is_view = op_name(self.nodes[use.node]).split(".")[1:2] and op_name(self.nodes[use.node]).split(".")[1] in VIEWS
+        return hold[use.node] if is_view else self.moment[use.node]
+
+    def consumer(self, use: Use) -> str:
+        """The class whose choice says in which layout `use` wants its value."""
+        if use.result is None:
+            return self.class_of[use.node]
+        owner = owner_of(self.program, use.result)
+        return RESULT if owner is None else self.class_of.get(owner, owner)
+
+    def wanted(self, use: Use, have: Spec) -> list[Spec]:
+        """Per strategy of the consumer's class the layout that `use` wants."""
+        kind = self.kinds[self.consumer(use)]
+        if use.result is None:
+            return [specs[use.position] for specs in kind.takes]
+        return [have.replicated] if kind.name == RESULT else [specs[0] for specs in kind.gives]  # type: ignore[misc]
+
+    def produced(self, name: str, index: int) -> tuple[str, list[Spec]]:
+        """The class that decides how a value lies, and its layout per strategy."""
+        end = self.ends.get(name)
+        if end is not None and end.role == "tangent":
+            kind = self.kinds[f"output.{end.name}"]
+        else:
+            kind = self.kinds[self.class_of[name]]
+        return kind.name, [specs[index] for specs in kind.gives]  # type: ignore[misc]
+
+    def key(self, spec: Spec) -> tuple:
+        if spec not in self.states:
+            self.states[spec] = layout(spec, self.sizes)
+        return self.states[spec]
+
+    def numbered(self, lists: Iterable[list[Spec]]) -> tuple[list[Spec], list[np.ndarray]]:
+        """Different layouts, and every list as positions among them."""
+        seen: dict[tuple, int] = {}
+        found: list[Spec] = []
+        out = []
+        for specs in lists:
+            row = []
+            for spec in specs:
+                k = self.key(spec)
+                if k not in seen:
+                    seen[k] = len(found)
+                    found.append(spec)
+                row.append(seen[k])
+            out.append(np.array(row, dtype=np.int32))
+        return found, out
+
+    def folded(self) -> dict[tuple, list[tuple[str, int]]]:
+        """Values that are alike: same producer class, same consumers."""
+        groups: dict[tuple, list[tuple[str, int]]] = {}
+        for (name, index), takers in self.uses.items():
+            producer, _ = self.produced(name, index)
+            into = tuple((self.consumer(u), u.position if u.result is None else -1, u.phase, u.result.role if u.result else "") for u in takers)
+            role = self.ends[name].role if name in self.ends else ""
+            groups.setdefault((producer, role, index, into), []).append((name, index))
+        return groups
+
+    def value(self, group: Sequence[tuple[str, int]], conversions: Conversions) -> tuple[Value, tuple[tuple[Spec, ...], tuple[Spec, ...]]]:
+        name, index = group[0]
+        takers = self.uses[name, index]
+        producer, gives = self.produced(name, index)
+        sources, (state,) = self.numbered([gives])
+        targets, states = self.numbered([self.wanted(u, gives[0]) for u in takers])
+        is_gradient = any(u.result is not None and u.result.role == "grad" for u in takers)
+        same = np.array([[self.key(a) == self.key(b) for b in targets] for a in sources], dtype=bool).reshape(len(sources), len(targets))
+        seconds = conversions.matrix(sources, targets, bucketed=is_gradient) if targets else np.zeros((len(sources), 0))
+        consumers = tuple(Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
+                          for u, s in zip(takers, states, strict=True))
+        produced = np.array([self.born(n) for n, _ in group])
+        used = np.array([[self.moment[u.node] if u.result is None else self.born(n) for u in self.uses[n, i]] for n, i in group])
+        held = np.array([[self.held(u, self.hold) for u in self.uses[n, i]] for n, i in group])
+        shape = (len(group), len(takers))
+        owns = not self.is_resident(name) and not self.is_view(name)
+        value = Value(
+            f"{producer}" + (f"[{index}]" if index else ""), self.index[producer], state, consumers, np.where(same, 0.0, seconds), same,
+            np.array([s.has_partial for s in sources]), np.array([local_bytes(s, self.sizes) * owns for s in sources], dtype=np.int64),
+            np.array([local_bytes(s, self.sizes) for s in targets], dtype=np.int64), produced, used.reshape(shape), held.reshape(shape),
+            "gradient" if is_gradient else "activation")
+        return value, (tuple(sources), tuple(targets))
+
+    def born(self, name: str) -> int:
+        """The moment at which a value exists: a tangent when backward begins, other ends from the start."""
+        is_tangent = name in self.ends and self.ends[name].role == "tangent"
+        return min(self.forward_end + 1, len(self.order) - 1) if is_tangent else self.moment.get(name, 0)
+
+    def is_resident(self, name: str) -> bool:
+        return self.nodes[name].op != "call_function" and (name not in self.ends or self.ends[name].role != "tangent")
+
+    def is_view(self, name: str) -> bool:
+        parts = op_name(self.nodes[name]).split(".")
+        return len(parts) > 2 and parts[1] in VIEWS
+
+    def resident(self, kind: Kind, trained: set[str], states: int) -> np.ndarray:
+        """Bytes per strategy that always live: the class's parameters, buffers or inputs, with optimizer state."""
+        total = np.zeros(len(kind.strategies), dtype=np.int64)
+        if kind.role in ("op", "result"):
+            return total
+        copies = sum(1 + (states if member in trained else 0) for member in kind.members)
+        return total + copies * np.array([local_bytes(specs[0], self.sizes) for specs in kind.gives], dtype=np.int64)  # type: ignore[arg-type]
+
+
+def trained_parameters(program: Program) -> set[str]:
+    """The placeholder nodes of parameters that get a gradient."""
+    wanted = {o.name for o in program.outputs if o.role == "grad"}
+    return {i.node for i in program.inputs if i.role == "param" and i.name in wanted}
+
+
+def optimizer_states(optimizer: str) -> int:
+    """How many tensors of a parameter's size the optimizer keeps. Raises InputError when it is unknown."""
+    if optimizer not in OPTIMIZER_STATES:
+        raise InputError(f"unknown optimizer {optimizer!r}", why="its state counts as memory: " + ", ".join(OPTIMIZER_STATES) + " are known",
+                         try_="the one that keeps as many tensors per parameter as yours")
+    return OPTIMIZER_STATES[optimizer]
+
+
+def build(program: Program, rules: Mapping[str, Rule], mesh: Mesh, conversions: Conversions, node_seconds: NodeSeconds, *,
+          optimizer: str = "adamw", inputs: str = "global", random_costs: int | None = None, limit_bytes: int | None = None) -> Built:
+    """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets."""
+    work = _Build(program, rules, mesh, inputs)
+    trained, states = trained_parameters(program), optimizer_states(optimizer)
+    priced: dict[tuple, np.ndarray] = {}
+    nodes = []
+    for kind in work.kinds.values():
+        labels = tuple(" ".join(s) for s in kind.strategies)
+        seconds = np.zeros(len(labels))
+        if kind.role == "op" and random_costs is not None:
+            seconds = np.array([random_seconds(random_costs, kind.name, label) for label in labels])
+        elif kind.role == "op":
+            seconds = _priced(work.nodes[kind.members[0]], kind, mesh, node_seconds, priced)
+        nodes.append(Node(kind.name, labels, seconds * len(kind.members), work.resident(kind, trained, states)))
+    made, specs, takers = [], [], []
+    for group in work.folded().values():
+        value, spec = work.value(group, conversions)
+        made.append(value)
+        specs.append(spec)
+        takers.append(tuple(work.uses[group[0]]))
+    problem = Problem(tuple(nodes), tuple(made), len(work.order), 0, limit_bytes)
+    return Built(problem, tuple(work.kinds.values()), tuple(specs), tuple(takers), work.order, work.nodes, work.forward_end)
+
+
+def _priced(node: fx.Node, kind: Kind, mesh: Mesh, node_seconds: NodeSeconds, cache: dict[tuple, np.ndarray]) -> np.ndarray:
+    key = signature(node, kind.rule)
+    if key not in cache:
+        cache[key] = np.array([node_seconds(node, kind.rule, s, mesh) for s in kind.strategies])
+    return cache[key]

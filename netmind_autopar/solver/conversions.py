@@ -1,0 +1,153 @@
+"""Which conversions a plan needs: the one definition that prices them (solver/build.py) and that lowering must follow.
+
+A value is (producer, output index). Each of its uses wants it in some layout; one conversion serves all uses of the same group
+that want the same layout. The group is "both" when the value holds Partial sums (a reduction is done once), else the phase of
+the use: what is gathered in forward is gathered again in backward from the stored shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..ir.program import Output, Program, is_getitem, source, tensor_args, values
+from ..ir.spec import Spec, layout, same_layout
+from ..rules.algebra import Rule, Strategy, Term, input_specs, output_specs
+
+
+@dataclass(frozen=True)
+class Use:
+    """One taker of a value: argument `position` of the op `node`, or the program's output at `position` (node "output")."""
+
+    node: str
+    position: int
+    phase: str
+    result: Output | None = None
+
+
+@dataclass(frozen=True)
+class Needed:
+    """One conversion: of output `index` of `producer`, from `source` to `target`, for `uses`."""
+
+    producer: str
+    index: int
+    group: str
+    source: Spec
+    target: Spec
+    uses: tuple[Use, ...]
+
+    @property
+    def phase(self) -> str:
+        """Where it runs: with its first use."""
+        return self.uses[0].phase
+
+    @property
+    def is_gradient(self) -> bool:
+        """True when it brings a gradient into the layout of its parameter: such reductions travel in buckets."""
+        return any(use.result is not None and use.result.role == "grad" for use in self.uses)
+
+
+def plain_rule(shape: Sequence[int], *, split: bool = True) -> Rule:
+    """The rule of a tensor at the program's ends: one letter per dim, which can be split unless `split` is False."""
+    letters = tuple(f"d{i}" for i in range(len(shape)))
+    term = Term(tuple((letter,) for letter in letters))
+    sizes = {letter: int(n) for letter, n in zip(letters, shape, strict=True)}
+    return Rule((), (term,), sizes, frozenset() if split else frozenset(letters))
+
+
+def end_rules(program: Program, inputs: str = "global") -> dict[str, Rule]:
+    """Rules of placeholders and constants by node name, and of the program's results as `output.<path>`."""
+    out: dict[str, Rule] = {}
+    ends = program.placeholders()
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            role = ends[node.name].role if node.op == "placeholder" else ""
+            shape = tuple(values(node)[0].shape)
+            split = role in ("param", "tangent") or (role == "input" and inputs == "local")
+            out[node.name] = plain_rule(shape, split=split)
+    nodes = {node.name: node for node in program.graph.nodes}
+    for item in program.outputs:
+        if item.role == "output":
+            out[f"output.{item.name}"] = plain_rule(value_of(nodes[item.node]).shape)
+    return out
+
+
+def value_of(node: fx.Node) -> torch.Tensor:
+    """The (fake) tensor that a node stands for, `getitem` looked through."""
+    producer, index = source(node)
+    found = values(producer)[index]
+    assert found is not None
+    return found
+
+
+def owner_of(program: Program, item: Output) -> str | None:
+    """Whose layout a result takes: the node of the parameter or input of a gradient, `output.<path>`, None: replicated."""
+    if item.role == "output":
+        return f"output.{item.name}"
+    if item.role == "grad":
+        return next(i.node for i in program.inputs if i.name == item.name and i.role in ("param", "input"))
+    return None
+
+
+def uses(program: Program) -> dict[tuple[str, int], list[Use]]:
+    """Every value that a placeholder, a constant or an op produces, and its uses in the order of the program."""
+    out: dict[tuple[str, int], list[Use]] = {}
+    for node in program.graph.nodes:
+        if node.op != "output" and not is_getitem(node):
+            out.update({(node.name, i): [] for i, v in enumerate(values(node)) if v is not None})
+        if node.op == "call_function" and not is_getitem(node):
+            for position, arg in enumerate(tensor_args(node)):
+                producer, index = source(arg)
+                out[producer.name, index].append(Use(node.name, position, node.meta["phase"]))
+    nodes = {node.name: node for node in program.graph.nodes}
+    for position, item in enumerate(program.outputs):
+        producer, index = source(nodes[item.node])
+        out[producer.name, index].append(Use("output", position, "backward" if item.role == "grad" else "forward", item))
+    return out
+
+
+def group(spec: Spec, phase: str) -> str:
+    """Who shares a conversion of a value that lies like `spec`."""
+    return "both" if spec.has_partial else phase
+
+
+def needed_conversions(program: Program, rules: Mapping[str, Rule], strategies: Mapping[str, Strategy],
+                       sizes: tuple[int, ...]) -> tuple[Needed, ...]:
+    """Every conversion of the program under `strategies` (from `solve.choices_to_strategies`), in the order of the values."""
+    rules = {**end_rules(program), **rules}
+    nodes = {node.name: node for node in program.graph.nodes}
+    produced: dict[str, tuple[Spec | None, ...]] = {}
+    wants: dict[str, tuple[Spec, ...]] = {}
+    none = ("-",) * len(sizes)
+    for node in program.graph.nodes:
+        if node.op == "output" or is_getitem(node):
+            continue
+        strategy = strategies.get(node.name, none)
+        produced[node.name] = output_specs(rules[node.name], strategy, [None if v is None else v.dtype for v in values(node)])
+        wants[node.name] = input_specs(rules[node.name], strategy, [value_of(arg).dtype for arg in tensor_args(node)])
+
+    def wanted(use: Use, have: Spec) -> Spec:
+        if use.result is None:
+            return wants[use.node][use.position]
+        owner = owner_of(program, use.result)
+        if owner is None:
+            return output_specs(plain_rule(have.shape), none, [have.dtype])[0]  # type: ignore[return-value]
+        if owner in nodes:
+            return produced[owner][0]  # type: ignore[return-value]
+        return output_specs(rules[owner], strategies.get(owner, none), [have.dtype])[0]  # type: ignore[return-value]
+
+    out: list[Needed] = []
+    for (name, index), takers in uses(program).items():
+        have = produced[name][index]
+        if have is None:
+            continue
+        served: dict[tuple, tuple[Spec, list[Use]]] = {}
+        for use in takers:
+            want = wanted(use, have)
+            if not same_layout(have, want, sizes):
+                served.setdefault((group(have, use.phase), layout(want, sizes)), (want, []))[1].append(use)
+        out += [Needed(name, index, key[0], have, want, tuple(users)) for key, (want, users) in served.items()]
+    return tuple(out)

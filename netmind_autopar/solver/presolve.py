@@ -1,0 +1,73 @@
+"""Lossless reductions: strategies that no optimal plan needs, before anything is solved.
+
+Two strategies of a node that give all its values the same source states and want the same target states are alike for the rest of
+the problem, memory included. Of such a set only those stay that no other one beats in both seconds and resident bytes.
+A strategy that forces an impossible conversion goes too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .problem import Problem
+
+Kept = tuple[tuple[int, ...], ...]
+
+
+def reduce(problem: Problem, allowed: Kept | None = None) -> Kept:
+    """Per node the strategies worth looking at, ascending. `allowed` restricts them first (pins)."""
+    columns: list[list[np.ndarray]] = [[] for _ in problem.nodes]
+    for value in problem.values:
+        columns[value.node].append(value.state)
+        for consumer in value.consumers:
+            columns[consumer.node].append(consumer.state)
+    start = allowed or tuple(tuple(range(len(node.labels))) for node in problem.nodes)
+    kept = [_undominated(problem, i, start[i], columns[i]) for i in range(len(problem.nodes))]
+    while _drop_impossible(problem, kept):
+        pass
+    return tuple(tuple(ks) for ks in kept)
+
+
+def _undominated(problem: Problem, i: int, allowed: tuple[int, ...], columns: list[np.ndarray]) -> list[int]:
+    node = problem.nodes[i]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for k in allowed:
+        if np.isfinite(node.seconds[k]):
+            alike.setdefault(tuple(int(c[k]) for c in columns), []).append(k)
+    out: list[int] = []
+    for ks in alike.values():
+        least = np.inf
+        for k in sorted(ks, key=lambda k: (node.seconds[k], node.resident[k], k)):
+            if node.resident[k] < least:
+                out.append(k)
+                least = node.resident[k]
+    return sorted(out)
+
+
+def _drop_impossible(problem: Problem, kept: list[list[int]]) -> bool:
+    """Drop strategies all of whose partners on some edge are impossible; True when something went."""
+    changed = False
+    for value in problem.values:
+        if np.isfinite(value.seconds).all():
+            continue
+        for consumer in value.consumers:
+            i, j = value.node, consumer.node
+            fine = np.isfinite(value.seconds)[value.state[kept[i]]][:, consumer.state[kept[j]]]
+            if i == j:
+                fine = np.where(np.eye(len(kept[i]), dtype=bool), fine, False)
+            for node, ok in ((i, fine.any(axis=1)), (j, fine.any(axis=0))):
+                if not ok.all() and len(ok) == len(kept[node]):
+                    kept[node] = [k for k, good in zip(kept[node], ok, strict=True) if good]
+                    changed = True
+    return changed
+
+
+def cells(problem: Problem, kept: Kept) -> int:
+    """How many pairs of states the flows of the ILP would have: what its size goes by."""
+    total = 0
+    for value in problem.values:
+        p = len(np.unique(value.state[list(kept[value.node])]))
+        for consumer in value.consumers:
+            q = len(np.unique(consumer.state[list(kept[consumer.node])]))
+            total += p * q if p > 1 and q > 1 and consumer.node != value.node else 0
+    return total

@@ -1,0 +1,232 @@
+"""From a problem to a proven plan: bound and prune, price memory where it binds, then the ILP over what is left.
+
+    1. presolve          strategies that are never needed go                                     presolve.reduce
+    2. bound and prune   without the memory limit                                                _tighten
+    3. ILP               without the limit; if its plan fits, done
+    4. price memory      λ on the crowded moments until plans fit; prune again with their cost   _price_memory
+    5. ILP               with memory rows, over the strategies left                              shard.solve_ilp
+    6. least peak        when nothing fits: how little memory is possible                        least_peak
+
+Where too many strategies are left, the ILP looks at those whose excess over the bound is below a threshold; the others cost at
+least bound + threshold, so the certificate stays true: it is the smaller of both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from . import milp
+from .bound import Local, Relaxed, prune
+from .memory import crowded
+from .presolve import Kept, cells, reduce
+from .problem import Choice, Problem, evaluate, profile
+from .shard import Shard, Solution, solve_ilp
+
+MOST_CELLS = 12_000  # pairs of states that the ILP is built for
+
+
+@dataclass
+class State:
+    """What is known so far: strategies that remain, the best plan that fits, the proven bound, excess per strategy above it."""
+
+    kept: Kept
+    best: Choice | None = None
+    best_s: float = math.inf
+    bound: float = -math.inf
+    excess: list[np.ndarray] | None = None
+
+    def offer(self, problem: Problem, choice: Choice) -> bool:
+        """Keep `choice` if it fits and is cheaper."""
+        cost, peak, _ = evaluate(problem, choice)
+        fits = problem.limit_bytes is None or peak <= problem.limit_bytes
+        if fits and cost < self.best_s:
+            self.best, self.best_s = choice, cost
+        return fits and cost < math.inf
+
+
+def solve_problem(problem: Problem, *, allowed: Kept | None = None, time_limit: float = 60.0, gap: float = 1e-4) -> Solution:
+    """The cheapest choice within the limit, with a bound that holds. Status "infeasible" is proven, "unknown" is not."""
+    deadline = time.monotonic() + time_limit
+    kept = reduce(problem, allowed)
+    if not all(kept):
+        return Solution(None, math.inf, math.inf, milp.INFEASIBLE)
+    free = replace(problem, limit_bytes=None)
+    state = _tighten(free, kept, gap, deadline)
+    first = _finish(free, state, gap, deadline)
+    if first.choice is None or problem.limit_bytes is None or evaluate(problem, first.choice)[1] <= problem.limit_bytes:
+        return first
+    return _within_limit(problem, kept, first, gap, deadline)
+
+
+def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, sweeps: int = 60) -> State:
+    """Bound, plans and pruning without memory."""
+    state = State(kept)
+    relaxed, local, stalled = Relaxed(problem, kept, {}), Local(problem, kept, {}), 0
+    for round_ in range(sweeps):
+        before = relaxed.bound()
+        choice, state.excess = relaxed.sweep()
+        state.bound = max(state.bound, before)
+        if round_ % 6 == 0 or stalled:
+            state.offer(problem, local.descend(choice))
+            smaller = prune(relaxed.kept, state.excess, before, state.best_s)
+            state.excess = _filtered(state.excess, relaxed.kept, smaller)
+            relaxed.restrict(smaller)
+            local.kept = smaller
+        gain = relaxed.bound() - before
+        stalled = stalled + 1 if gain < 1e-5 * abs(before) else 0
+        if stalled > 2 or state.best_s - state.bound <= 0.1 * gap * abs(state.best_s) or time.monotonic() > deadline:
+            break
+    state.kept = relaxed.kept
+    return state
+
+
+def _filtered(excess: list[np.ndarray], old: Kept, new: Kept) -> list[np.ndarray]:
+    return [e[[ks.index(k) for k in stay]] for e, ks, stay in zip(excess, old, new, strict=True)]
+
+
+def _finish(problem: Problem, state: State, gap: float, deadline: float, moments: tuple[int, ...] = ()) -> Solution:
+    """The ILP over what is left, narrowed when that is too much."""
+    kept, threshold = _narrow(problem, state)
+    scale = state.best_s if 0 < state.best_s < math.inf else 1.0
+    left = max(deadline - time.monotonic(), 1.0)
+    found = solve_ilp(problem, kept, time_limit=left, gap=gap, scale=scale, incumbent=state.best, moments=moments)
+    bound = max(state.bound, min(found.bound, state.bound + threshold))
+    if found.choice is None:
+        status = found.status if threshold == math.inf else milp.UNKNOWN
+        return replace(found, bound=bound, status=status)
+    bound = min(bound, found.seconds)
+    closed = found.seconds - bound <= gap * abs(found.seconds) + 1e-15
+    return replace(found, bound=bound, status=milp.OPTIMAL if closed else milp.FEASIBLE)
+
+
+def _narrow(problem: Problem, state: State) -> tuple[Kept, float]:
+    """Strategies for the ILP, and the least excess among those left out."""
+    if state.excess is None or cells(problem, state.kept) <= MOST_CELLS:
+        return state.kept, math.inf
+    low, high = 0.0, max(float(e.max()) for e in state.excess)
+    for _ in range(20):
+        middle = (low + high) / 2
+        if cells(problem, _below(state, middle)) <= MOST_CELLS:
+            low = middle
+        else:
+            high = middle
+    return _below(state, low), low
+
+
+def _below(state: State, threshold: float) -> Kept:
+    best = state.best or (-1,) * len(state.kept)
+    assert state.excess is not None
+    return tuple(tuple(k for k, e in zip(ks, over, strict=True) if e <= threshold or k == own)
+                 for ks, over, own in zip(state.kept, state.excess, best, strict=True))
+
+
+def _within_limit(problem: Problem, kept: Kept, first: Solution, gap: float, deadline: float) -> Solution:
+    """The limit binds: `first` is the best plan without it."""
+    assert problem.limit_bytes is not None and first.choice is not None
+    state = State(kept, bound=first.bound)
+    moments = _price_memory(problem, state, first, deadline)
+    if state.best is None:
+        peak, least, choice = least_peak(problem, kept, deadline)
+        if choice is None or peak > problem.limit_bytes:
+            proven = least > problem.limit_bytes
+            return Solution(choice, math.inf, first.bound, milp.INFEASIBLE if proven else milp.UNKNOWN)
+        state.offer(problem, Local(problem, kept, {}).descend(choice, 0))
+        _price_memory(problem, state, first, deadline)
+    return _finish(problem, state, gap, deadline, moments)
+
+
+def _price_memory(problem: Problem, state: State, first: Solution, deadline: float, rounds: int = 14) -> tuple[int, ...]:
+    """Lagrangian search: plans that fit, a bound, pruning. Returns the moments that mattered."""
+    limit = problem.limit_bytes or 0
+    full = state.kept
+    unit = first.seconds / max(limit, 1)
+    prices: dict[int, float] = {}
+    choice = first.choice
+    for round_ in range(rounds):
+        step = 2.0 / (1.0 + 0.5 * round_)
+        memory = profile(problem, choice)  # type: ignore[arg-type]
+        for m in prices:
+            prices[m] *= math.exp(step * float(np.clip(8.0 * (memory[m] - limit) / max(limit, 1), -1.0, 1.0)))
+        for m in crowded(memory, limit, set(prices), most=2):
+            prices[m] = unit if not prices else max(unit * 0.1, float(np.median(list(prices.values()))))
+        relaxed = Relaxed(problem, full, prices, limit=limit)
+        local = Local(problem, full, prices)
+        for _ in range(10):
+            before = relaxed.bound()
+            choice, excess = relaxed.sweep()
+        choice = local.descend(choice)
+        for candidate in (choice, *((local.descend(state.best),) if state.best else ())):
+            state.offer(problem, candidate)
+        if before > state.bound or state.excess is None:
+            state.bound = max(state.bound, before)
+            state.excess, state.kept = [e + (before - state.bound) for e in excess], full
+        if state.best is not None:
+            smaller = prune(full, excess, before, state.best_s)
+            if state.excess is not None:
+                state.excess = _filtered(state.excess, state.kept, smaller)
+            full = state.kept = smaller
+        if time.monotonic() > deadline:
+            break
+    return tuple(sorted(prices))
+
+
+def least_peak(problem: Problem, kept: Kept, deadline: float) -> tuple[int, float, Choice | None]:
+    """(smallest peak found, proven lower bound on the peak, the choice that has it)."""
+    best, found, bound = math.inf, None, 0.0
+    weights: dict[int, float] = {}
+    choice: Choice = tuple(ks[0] for ks in kept)
+    tiny = 1e-9
+    for _ in range(30):
+        memory = profile(problem, choice)
+        top = float(memory.max())
+        weights = {m: w * math.exp(6.0 * (float(memory[m]) - top) / max(top, 1.0)) for m, w in weights.items()}
+        for m in crowded(memory, int(0.98 * top), set(weights), most=2):
+            weights[m] = max(weights.values(), default=1.0)
+        total = sum(weights.values())
+        weights = {m: w / total for m, w in weights.items() if w > 1e-6 * total}
+        relaxed = Relaxed(problem, kept, weights, weight=0.0)
+        for _ in range(6):
+            bound = max(bound, relaxed.bound())
+            choice, _ = relaxed.sweep()
+        choice = Local(problem, kept, weights, weight=tiny).descend(choice)
+        cost, peak, _ = evaluate(problem, choice)
+        if peak < best and cost < math.inf:
+            best, found = peak, choice
+        if best - bound <= 1e-3 * best or time.monotonic() > deadline:
+            break
+    if best - bound > 1e-3 * bound and cells(problem, kept) <= MOST_CELLS:
+        best, bound, found = _peak_ilp(problem, kept, sorted(weights), (best, bound, found), deadline)
+    return (int(best) if best < math.inf else 0), bound, found
+
+
+def _peak_ilp(problem: Problem, kept: Kept, moments: list[int], known: tuple[float, float, Choice | None],
+              deadline: float) -> tuple[float, float, Choice | None]:
+    """Minimise the peak exactly, moments added as they are violated."""
+    best, bound, found = known
+    unit = max(bound, 1.0)
+    shard = Shard(problem, kept, peak_only=True)
+    have = set(moments)
+    for m in moments:
+        shard.memory_row(m, unit)
+    for _ in range(40):
+        result = milp.solve(shard.model, time_limit=max(deadline - time.monotonic(), 5.0), gap=1e-4)
+        bound = max(bound, result.bound * unit if result.bound > -math.inf else 0.0)
+        if result.values is None:
+            break
+        choice = shard.read(result.values)
+        cost, peak, _ = evaluate(problem, choice)
+        if peak < best and cost < math.inf:
+            best, found = peak, choice
+        if best - bound <= 2e-4 * best or time.monotonic() > deadline:
+            break
+        fresh = crowded(profile(problem, choice), int(bound), have)
+        if not fresh:
+            break
+        for m in fresh:
+            shard.memory_row(m, unit)
+            have.add(m)
+    return best, min(bound, best), found
