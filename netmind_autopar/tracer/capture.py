@@ -1,0 +1,149 @@
+"""An unmodified module and sample inputs in, a Program out: forward and backward as one graph of ATen ops.
+
+    copy with fake tensors -> export (forward, before autograd) -> normalize -> joint export (autograd) -> clean
+
+The user's module is never touched: a copy whose tensors are fake is traced. No weight is copied, on any device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ir.errors import AutoparError, CaptureError, InputError
+from ..ir.program import Program
+from . import clone, torch_private
+from .assemble import Traced, assemble
+from .masks import eager_masks
+from .normalize import DECOMPOSITIONS, Random, normalize
+from .origin import module_path, where, where_raised
+from .signature import Call, Selection, sample_call
+
+_PREFIX = "model"  # the name under which the user's module hangs in the traced one
+
+
+def capture(model: nn.Module, sample_inputs: Any, *, differentiable: Sequence[str] | None = None,
+            outputs: Sequence[str] | None = None) -> Program:
+    """Trace one training step of `model` for the shapes of `sample_inputs`.
+
+    sample_inputs: a tensor, a tuple (positional) or a dict (by name) of tensors and constants, global shapes, on one device;
+    only shapes and dtypes are read. differentiable: paths of the outputs that carry a gradient; by default every 0-dim
+    float output (a loss), or every float output when there is none. outputs: paths of the outputs to keep, all by default.
+
+    Raises InputError for unusable arguments and CaptureError when the model is no single static graph.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError("the model is no torch.nn.Module", where=f"model: {type(model).__name__}",
+                         why="its parameters, buffers and forward are needed", try_="wrap the function in a Module")
+    call = sample_call(model.forward, sample_inputs)
+    selection = Selection(_names(outputs, "outputs"), _names(differentiable, "differentiable"))
+    with _plain_torch():
+        mode = torch_private.fake_mode()
+        wrapper = _Wrapper(clone.fake_clone(model, mode), call, selection)
+        with mode:
+            seed = torch.empty((), dtype=torch.int64)
+        tensors = [clone.fake_like(tensor, mode) for _, tensor in call.leaves]
+        traced = _trace(wrapper, (seed, *tensors), clone.tied_names(model))
+    return assemble(traced, _PREFIX, call, selection, clone.tied_names(model))
+
+
+def _names(value: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
+    value = (value,) if isinstance(value, str) else value
+    if value is not None and not all(isinstance(v, str) for v in value):
+        raise InputError(f"{option} must list output names", where=f"{option}={value!r}", why="outputs are chosen by path",
+                         try_=f'{option}=("loss",)')
+    return None if value is None else tuple(value)
+
+
+@contextlib.contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Gradients on, the CPU as default device, no modes of the caller's: what is captured depends on the arguments alone."""
+    device = torch.device("cpu") if torch.get_default_device().type != "cpu" else contextlib.nullcontext()
+    with torch_private.no_modes(), torch.inference_mode(False), torch.enable_grad(), device, eager_masks():
+        yield
+
+
+class _Wrapper(nn.Module):
+    """The traced function: a seed and the user's tensors in, the kept outputs out."""
+
+    def __init__(self, model: nn.Module, call: Call, selection: Selection) -> None:
+        super().__init__()
+        self.call_shape, self.selection = call, selection
+        self.add_module(_PREFIX, model)
+
+    def forward(self, seed: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self.call_shape.arguments(list(tensors))
+        return self.selection.take(self.get_submodule(_PREFIX)(*args, **kwargs))
+
+
+def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str]) -> Traced:
+    try:
+        exported = torch_private.export(wrapper, args)
+        _check_static(exported)
+        _merge_tied(exported, tied)
+        _note_origins(exported)
+        seed = next(n for n in exported.graph.nodes if n.op == "placeholder")
+        normalize(exported, seed, Random())
+        return Traced(*torch_private.joint(exported, args, DECOMPOSITIONS))
+    except AutoparError:
+        raise
+    except torch_private.DATA_DEPENDENT as error:
+        raise _data_dependent(where_raised(error.__traceback__), error) from error
+    except Exception as error:
+        if data := torch_private.data_dependent_cause(error):
+            raise _data_dependent(where_raised(data.__traceback__) or where_raised(error.__traceback__), error) from error
+        raise CaptureError("the model failed while it was traced", where=where_raised(error.__traceback__),
+                           why=f"{type(error).__name__}: {_first_line(error)}",
+                           try_="call the model with these sample_inputs; if that works, remove what only runs in Python") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")[:300]
+
+
+def _data_dependent(line: str, error: BaseException | None = None) -> CaptureError:
+    return CaptureError("control flow or a shape depends on the values of a tensor", where=line,
+                        why="the plan is made once, for every value the inputs may have",
+                        try_="use torch.where, masks or a fixed size instead of if, .item(), nonzero or a boolean index")
+
+
+def _check_static(exported: fx.GraphModule) -> None:
+    """CaptureError for sizes and numbers that are only known when the model runs."""
+    for node in exported.graph.nodes:
+        val = node.meta.get("val")
+        shape = tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+        if torch_private.is_symbolic(val) or any(torch_private.is_symbolic(n) for n in shape):
+            raise _data_dependent(where(node.meta.get("stack_trace")) or "")
+
+
+def _merge_tied(exported: fx.GraphModule, tied: dict[str, str]) -> None:
+    """Let every use of a tied parameter name it the same way, and drop the other names."""
+    full = {f"{_PREFIX}.{second}": f"{_PREFIX}.{first}" for second, first in tied.items()}
+    for module in exported.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.op == "get_attr" and node.target in full:
+                    node.target = full[node.target]
+    for second, first in full.items():
+        owner, _, leaf = first.rpartition(".")
+        tensor = getattr(exported.get_submodule(second.rpartition(".")[0]), second.rpartition(".")[2], None)
+        holder = exported.get_submodule(owner)
+        if tensor is not None and getattr(holder, leaf, None) is None:
+            setattr(holder, leaf, tensor)
+        with contextlib.suppress(AttributeError):
+            delattr(exported.get_submodule(second.rpartition(".")[0]), second.rpartition(".")[2])
+
+
+def _note_origins(exported: fx.GraphModule) -> None:
+    """Put line and module, parsed once, where autograd's trace carries them along; leave out what only costs time."""
+    for module in exported.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.op == "call_function":
+                    path = module_path(node.meta.get("nn_module_stack"), _PREFIX)
+                    line = where(node.meta.get("stack_trace"))
+                    node.meta = {"stack_trace": line or "", "nn_module_stack": {"": (path, "")} if path is not None else {}}

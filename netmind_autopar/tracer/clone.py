@@ -1,0 +1,49 @@
+"""A copy of the user's model that has shapes and no weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ir.errors import CaptureError
+
+
+def fake_like(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
+    """A fake CPU tensor of the same shape and dtype, contiguous, whatever device or mode the original is from."""
+    with mode:
+        out = torch.empty(tuple(int(n) for n in tensor.shape), dtype=tensor.dtype, device="cpu")
+    return out.requires_grad_(tensor.requires_grad)
+
+
+def fake_clone(model: nn.Module, mode: Any) -> nn.Module:
+    """A deep copy of `model` whose parameters and buffers are fake; tied ones stay tied. The original is not touched."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in memo:
+            fake = fake_like(tensor, mode)
+            memo[id(tensor)] = nn.Parameter(fake.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError("the model cannot be copied", where=type(model).__name__, why=f"copy.deepcopy: {type(error).__name__}: {error}",
+                           try_="keep what cannot be copied (locks, files, process groups, tensors with a history) out of the modules") from error
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Second name -> first name of every parameter or buffer that has several."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+    return tied
+
+
+def names(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of parameters and of buffers, in the model's order, each tensor once."""
+    return [n for n, _ in model.named_parameters()], [n for n, _ in model.named_buffers()]

@@ -1,0 +1,283 @@
+"""Rewrites on the forward graph, before autograd: `TABLE` maps an op to a function that says the same in other ops.
+
+Two reasons to be in the table. The op's ATen form differs by device or has no usable backward: it becomes an op of the namespace
+`autopar`, which brings its own. Or it hides a global quantity (a count, a batch statistic), which would be wrong on a part
+of the batch: it becomes sums and divisions by what is the global count. `DECOMPOSITIONS` does the second for ops that
+torch's own composite ops call.
+
+A function is called in place of the op while autograd is being traced, with the op's arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import kernels  # noqa: F401 - registers the namespace
+from ..ir.errors import CaptureError
+
+_aten = torch.ops.aten
+_own = torch.ops.autopar
+
+
+class Random:
+    """Where a program's random numbers come from: one seed, and a running number for every op that draws."""
+
+    def __init__(self) -> None:
+        self.seed: Tensor | None = None
+        self.count = 0
+
+    def bind(self, seed: Tensor) -> None:
+        """Called as the first thing of every trace, with the traced seed."""
+        self.seed = seed
+
+    def salt(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+
+def _drop(x: Tensor, p: float, random: Random, salt: int) -> Tensor:
+    shape = list(x.shape)
+    return _own.dropout.default(x, random.seed, float(p), salt, shape, [0] * len(shape), shape)
+
+
+def dropout(x: Tensor, p: float, train: bool, *, random: Random, salt: int) -> Tensor:
+    return _drop(x, p, random, salt) if train and p > 0 else x
+
+
+def dropout_(x: Tensor, p: float, train: bool, *, random: Random, salt: int) -> Tensor:
+    return x.copy_(_drop(x, p, random, salt)) if train and p > 0 else x
+
+
+def feature_dropout(x: Tensor, p: float, train: bool, *, random: Random, salt: int) -> Tensor:
+    """Whole channels are dropped: dropout of ones [n, c, 1, ...], times x."""
+    if not train or p == 0:
+        return x
+    return x * _drop(x.new_ones(x.shape[:2] + (1,) * (x.dim() - 2)), p, random, salt)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
+              scale: float | None = None, enable_gqa: bool = False, random: Random, salt: int) -> Tensor:
+    """`scaled_dot_product_attention`. A mask that wants a gradient (a learned bias) is computed in the open."""
+    shape = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    if q.dim() < 3:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        out = attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, random=random, salt=salt)
+        return out.squeeze(0)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    heads = q.shape[-3]
+    if not enable_gqa:
+        heads = max(x.shape[-3] for x in (q, k, v))
+        q, k, v = (_expand(x, (*shape, heads)) for x in (q, k, v))
+    else:
+        q, k, v = (_expand(x, (*shape, x.shape[-3])) for x in (q, k, v))
+        v = v.repeat_interleave(k.shape[-3] // v.shape[-3], -3) if v.shape[-3] < k.shape[-3] else v
+    lead = q.shape[:-3]
+    if len(lead) != 1:
+        n = math.prod(lead)
+        q, k, v = (x.reshape(n, *x.shape[-3:]) for x in (q, k, v))
+        if attn_mask is not None and attn_mask.dim() > 3:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).reshape(n, *attn_mask.shape[-3:])
+    if attn_mask is not None and attn_mask.requires_grad:
+        out = _open_attention(q, k, v, attn_mask, dropout_p, scale, random, salt)
+    else:
+        seed, salt = (random.seed, salt) if dropout_p > 0 else (None, 0)
+        out = _own.attention.default(q, k, v, attn_mask, seed, is_causal, scale, float(dropout_p), salt, 0, 0, heads)[0]
+    return out if len(lead) == 1 else out.reshape(*lead, *out.shape[-3:])
+
+
+def _expand(x: Tensor, lead: Sequence[int]) -> Tensor:
+    return x if tuple(x.shape[:-2]) == tuple(lead) else x.expand(*lead, *x.shape[-2:])
+
+
+def _open_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, scale: float, random: Random, salt: int) -> Tensor:
+    times = q.shape[1] // k.shape[1]
+    if times > 1:
+        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+    weights = torch.softmax(torch.matmul(q, k.transpose(-2, -1)) * scale + mask, -1)
+    return torch.matmul(_drop(weights, p, random, salt) if p > 0 else weights, v)
+
+
+def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False) -> Tensor:
+    """A sparse gradient is made dense: its values are the same."""
+    if scale_grad_by_freq:
+        return _aten.embedding.default(weight, indices, padding_idx, True, False)
+    return _own.embedding.default(weight, indices, 0, padding_idx)
+
+
+def _classes_last(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """x [c], [n, c] or [n, c, ...] and its class indices -> [m, c], [m]."""
+    if x.dim() > 2:
+        x = x.movedim(1, -1)
+    return x.reshape(-1, x.shape[-1]), target.reshape(-1)
+
+
+def nll_loss(logp: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100) -> Tensor:
+    shape = target.shape
+    logp, target = _classes_last(logp, target)
+    if weight is None and reduction != 0:
+        total, count = _own.nll_loss.default(logp, target, ignore_index)
+        return total / count if reduction == 1 else total
+    used = target != ignore_index
+    index = target.masked_fill(~used, 0)
+    picked = -logp.gather(1, index.unsqueeze(1)).squeeze(1) * used
+    if weight is not None:
+        weights = weight.gather(0, index) * used
+        picked = picked * weights
+        return picked.reshape(shape) if reduction == 0 else picked.sum() / weights.sum() if reduction == 1 else picked.sum()
+    return picked.reshape(shape)
+
+
+def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100,
+                  label_smoothing: float = 0.0) -> Tensor:
+    """Classes by index: log-softmax and `nll_loss`; a smoothed part is the mean over the classes. By probability: products."""
+    logp = torch.log_softmax(x, 0 if x.dim() == 1 else 1)
+    if target.is_floating_point():
+        return _soft_cross_entropy(logp, target, weight, reduction, label_smoothing)
+    if label_smoothing == 0:
+        return nll_loss(logp, target, weight, reduction, ignore_index)
+    classes, (flat, index) = logp.shape[0 if x.dim() == 1 else 1], _classes_last(logp, target)
+    used = index != ignore_index
+    smooth = -(flat if weight is None else flat * weight).sum(1) * used
+    hard = nll_loss(flat, index, weight, 0, ignore_index)
+    loss = hard * (1 - label_smoothing) + smooth * (label_smoothing / classes)
+    if reduction == 0:
+        return loss.reshape(target.shape)
+    counts = used.to(loss.dtype) if weight is None else weight.gather(0, index.masked_fill(~used, 0)) * used
+    return loss.sum() / counts.sum() if reduction == 1 else loss.sum()
+
+
+def _soft_cross_entropy(logp: Tensor, target: Tensor, weight: Tensor | None, reduction: int, label_smoothing: float) -> Tensor:
+    dim = 0 if logp.dim() == 1 else 1
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / logp.shape[dim]
+    if weight is not None:
+        logp = logp * weight.reshape([-1 if d == dim else 1 for d in range(logp.dim())])
+    loss = -(logp * target).sum(dim)
+    if reduction == 0:
+        return loss
+    return loss.sum() / max(1, loss.numel()) if reduction == 1 else loss.sum()
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool,
+               momentum: float, eps: float, cudnn_enabled: bool = True) -> Tensor:
+    """Statistics as sums over everything but dim 1; running statistics follow exactly, the variance unbiased.
+
+    bfloat16 and float16 are normalised in float32, as the fused kernels do.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    shape = [1, x.shape[1], *(1 for _ in dims[1:])]
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    if training or mean is None:
+        count = x.numel() // x.shape[1]
+        batch_mean = wide.sum(dims) / count
+        centered = wide - batch_mean.view(shape)
+        batch_var = (centered * centered).sum(dims) / count
+        if training and mean is not None and var is not None:
+            with torch.no_grad():
+                mean.copy_(mean * (1 - momentum) + batch_mean.detach() * momentum)
+                unbiased = count / max(count - 1, 1)
+                var.copy_(var * (1 - momentum) + batch_var.detach() * (momentum * unbiased))
+    else:
+        centered, batch_var = wide - mean.view(shape), var
+    factor = torch.rsqrt(batch_var + eps)
+    out = centered * (factor if weight is None else factor * weight).view(shape)
+    return (out if bias is None else out + bias.view(shape)).to(x.dtype)
+
+
+def _reduced(op: Any, position: int) -> Callable[..., Tensor]:
+    """An op with a `reduction` argument: element by element, then a sum and a division by the global count."""
+
+    def run(*args: Any) -> Tensor:
+        reduction = args[position] if len(args) > position else 1
+        if reduction == 0:
+            return op(*args)
+        out = op(*args[:position], 0, *args[position + 1 :])
+        return out.sum() / max(1, out.numel()) if reduction == 1 else out.sum()
+
+    return run
+
+
+# op -> what to call instead. Functions that take `random` and `salt` draw random numbers.
+TABLE: dict[Any, Callable[..., Any]] = {
+    _aten.scaled_dot_product_attention.default: attention,
+    _aten.dropout.default: dropout,
+    _aten.dropout_.default: dropout_,
+    _aten.feature_dropout.default: feature_dropout,
+    _aten.embedding.default: embedding,
+    _aten.cross_entropy_loss.default: cross_entropy,
+    _aten.nll_loss_nd.default: nll_loss,
+    _aten.nll_loss.default: nll_loss,
+    _aten.nll_loss2d.default: nll_loss,
+    _aten.batch_norm.default: batch_norm,
+    _aten.mse_loss.default: _reduced(_aten.mse_loss.default, 2),
+    _aten.l1_loss.default: _reduced(_aten.l1_loss.default, 2),
+    _aten.smooth_l1_loss.default: _reduced(_aten.smooth_l1_loss.default, 2),
+    _aten.huber_loss.default: _reduced(_aten.huber_loss.default, 2),
+    _aten.soft_margin_loss.default: _reduced(_aten.soft_margin_loss.default, 2),
+    _aten.kl_div.default: _reduced(_aten.kl_div.default, 2),
+    _aten.binary_cross_entropy.default: _reduced(_aten.binary_cross_entropy.default, 3),
+}
+_DRAWS = {attention, dropout, dropout_, feature_dropout}
+
+
+def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
+    """Apply `TABLE` to the exported graph and to the graphs inside it (regions with other autocast or grad settings)."""
+    for graph_module in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
+        for node in graph_module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target in TABLE:
+                node.target = TABLE[node.target]
+                if node.target in _DRAWS:
+                    node.kwargs = {**node.kwargs, "random": random, "salt": random.salt()}
+            elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise CaptureError(f"{node.target} draws random numbers in a way that depends on the device",
+                                   where=node.meta.get("stack_trace") or "",
+                                   why="every device would draw other numbers than one device does",
+                                   try_="draw them outside the model and pass them in, or use torch.nn.functional.dropout")
+    with module.graph.inserting_after(seed):
+        module.graph.call_function(random.bind, (seed,))
+
+
+def _mean(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    out = dtype or x.dtype
+    wide = torch.float32 if out in (torch.bfloat16, torch.float16) else out
+    dims = list(range(x.dim())) if not dims else list(dims)
+    count = math.prod(x.shape[d] for d in dims)
+    total = x.sum(dims, keepdim, dtype=wide if wide != x.dtype else None)
+    mean = total / count if count else total / 0.0
+    return mean if mean.dtype == out else mean.to(out)
+
+
+def _var(x: Tensor, dims: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return _var_mean(x, dims, correction=correction, keepdim=keepdim)[0]
+
+
+def _var_mean(x: Tensor, dims: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    dims = list(range(x.dim())) if not dims else [d % x.dim() for d in dims]
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    count = math.prod(x.shape[d] for d in dims)
+    mean = wide.sum(dims, True) / count
+    centered = wide - mean
+    left = max(count - (1 if correction is None else correction), 0)
+    squares = (centered * centered).sum(dims, keepdim)
+    var = squares / left if left else squares / 0.0
+    return var.to(x.dtype), (mean if keepdim else mean.squeeze(dims)).to(x.dtype)
+
+
+def _std(x: Tensor, dims: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return _var(x, dims, correction=correction, keepdim=keepdim).sqrt()
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    _aten.mean.default: lambda x, *, dtype=None: _mean(x, dtype=dtype),
+    _aten.mean.dim: _mean,
+    _aten.var.correction: _var,
+    _aten.var_mean.correction: _var_mean,
+    _aten.std.correction: _std,
+}

@@ -1,0 +1,110 @@
+"""The only file that imports private modules of torch. Written for 2.11 to 2.13; each name says why it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch._aot_autograd import descriptors as _desc
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.utils._python_dispatch import _disable_current_modes
+
+# What torch raises when a model looks at a value that is only known when it runs.
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, symbolic_shapes.GuardOnDataDependentSymNode)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have shapes and no storage."""
+    return FakeTensorMode(shape_env=symbolic_shapes.ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def is_symbolic(value: Any) -> bool:
+    """True when a size is not known at capture."""
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def export(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> fx.GraphModule:
+    """The forward graph before autograd, parameters as `get_attr` nodes. All tensors in `module` and `args` are fake."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, args, strict=False).module(check_guards=False)
+
+
+def joint(module: fx.GraphModule, args: tuple[torch.Tensor, ...],
+          decompositions: dict[Any, Callable[..., Any]]) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple], list[tuple]]:
+    """Forward and backward in one graph.
+
+    Returns the graph, the tensors its `get_attr` nodes name, and what its ends are, in order. Ends: ("param", name), ("buffer",
+    name), ("input", index), ("tangent", output index); ("output", index), ("mutation", role, name), ("grad", role, name).
+    """
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = aot_export_joint_with_descriptors(stack, module, args, decompositions=decompositions).graph_module
+    nodes = list(traced.graph.nodes)
+    ins = [_end(n.meta.get("desc")) for n in nodes if n.op == "placeholder"]
+    outs = [_end(d) for d in nodes[-1].meta["desc"]]
+    constants = {n.target: _attribute(traced, n.target) for n in nodes if n.op == "get_attr"}
+    return traced.graph, constants, ins, outs
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _end(desc: Any) -> tuple:
+    """One end of the joint graph, from torch's descriptor of it."""
+    if isinstance(desc, _desc.ParamAOTInput):
+        return "param", desc.target
+    if isinstance(desc, _desc.BufferAOTInput):
+        return "buffer", desc.target
+    if isinstance(desc, _desc.PlainAOTInput):
+        return "input", desc.idx
+    if isinstance(desc, _desc.TangentAOTInput):
+        return "tangent", *_end(desc.output)[1:]
+    if isinstance(desc, _desc.PlainAOTOutput):
+        return "output", desc.idx
+    if isinstance(desc, _desc.InputMutationAOTOutput):
+        return "mutation", *_end(desc.mutated_input)
+    if isinstance(desc, _desc.GradAOTOutput):
+        return "grad", *_end(desc.grad_of)
+    return "unknown", str(desc)
+
+
+def data_dependent_cause(error: BaseException) -> BaseException | None:
+    """The data-dependent error at the bottom of `error`, when there is one: torch wraps it in others."""
+    chain: BaseException | None = error
+    while chain is not None:
+        text = str(chain)
+        if isinstance(chain, DATA_DEPENDENT) or "data-dependent" in text.lower() or "_local_scalar_dense" in text:
+            return chain
+        chain = chain.__cause__ or chain.__context__
+    return None
+
+
+def traced_node(tensor: torch.Tensor) -> fx.Node | None:
+    """The node that is being traced for `tensor`, when a trace is running that knows it."""
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None:
+        return None
+    slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
+    node = getattr(getattr(slot, "proxy", None), "node", None)
+    return node if isinstance(node, fx.Node) else None
+
+
+@contextlib.contextmanager
+def no_modes() -> Iterator[None]:
+    """Ordinary tensors and ordinary tracing, whatever modes the caller is inside of."""
+    with _disable_current_modes():
+        yield
