@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import fx
 
 from ..costs.comm import Conversions
-from ..ir.errors import InputError
+from ..costs.compute import FREE, node_prices, short_name
 from ..ir.mesh import Mesh
-from ..ir.program import Input, Program, is_getitem, op_name, tensor_args, values
+from ..ir.program import Input, Program, is_getitem, tensor_args, values
 from ..ir.spec import Spec, layout, local_bytes, same_layout
 from ..rules.algebra import Rule, Strategy, input_specs, output_specs, strategies
 from .conversions import Use, end_rules, owner_of, uses, value_of
 from .fold import classes, signature
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
 
-OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adagrad": 1, "rmsprop": 1, "momentum": 1, "sgd": 0}  # tensors per parameter
-VIEWS = frozenset(
-    "view _unsafe_view t transpose permute expand unsqueeze squeeze slice select split split_with_sizes unbind alias detach "
-    "as_strided diagonal narrow chunk movedim unfold".split()
-)
 RESULT = "result"  # the node that replicated results want
-NodeSeconds = Callable[[fx.Node, Rule, Strategy, Mesh], float]
 
 
 @dataclass(frozen=True)
@@ -135,8 +129,7 @@ class _Build:
         """When a use lets go of what it took."""
         if use.result:
             return len(self.order) - 1
-        is_view = op_name(self.nodes[use.node]).split(".")[1:2] and op_name(self.nodes[use.node]).split(".")[1] in VIEWS
-        return hold[use.node] if is_view else self.moment[use.node]
+        return hold[use.node] if self.is_view(use.node) else self.moment[use.node]
 
     def consumer(self, use: Use) -> str:
         """The class whose choice says in which layout `use` wants its value."""
@@ -224,8 +217,7 @@ class _Build:
         return self.nodes[name].op != "call_function" and (name not in self.ends or self.ends[name].role != "tangent")
 
     def is_view(self, name: str) -> bool:
-        parts = op_name(self.nodes[name]).split(".")
-        return len(parts) > 2 and parts[1] in VIEWS
+        return short_name(self.nodes[name]) in FREE
 
     def resident(self, kind: Kind, trained: set[str], states: int) -> np.ndarray:
         """Bytes per strategy that always live: the class's parameters, buffers or inputs, with optimizer state."""
@@ -242,19 +234,15 @@ def trained_parameters(program: Program) -> set[str]:
     return {i.node for i in program.inputs if i.role == "param" and i.name in wanted}
 
 
-def optimizer_states(optimizer: str) -> int:
-    """How many tensors of a parameter's size the optimizer keeps. Raises InputError when it is unknown."""
-    if optimizer not in OPTIMIZER_STATES:
-        raise InputError(f"unknown optimizer {optimizer!r}", why="its state counts as memory: " + ", ".join(OPTIMIZER_STATES) + " are known",
-                         try_="the one that keeps as many tensors per parameter as yours")
-    return OPTIMIZER_STATES[optimizer]
+def build(program: Program, rules: Mapping[str, Rule], mesh: Mesh, conversions: Conversions, *, states: int = 2,
+          inputs: str = "global", random_costs: int | None = None, limit_bytes: int | None = None) -> Built:
+    """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets.
 
-
-def build(program: Program, rules: Mapping[str, Rule], mesh: Mesh, conversions: Conversions, node_seconds: NodeSeconds, *,
-          optimizer: str = "adamw", inputs: str = "global", random_costs: int | None = None, limit_bytes: int | None = None) -> Built:
-    """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets."""
+    states: tensors of a parameter's size that the optimizer keeps. Random costs replace the seconds of ops; pass conversions that
+    were made with the same seed.
+    """
     work = _Build(program, rules, mesh, inputs)
-    trained, states = trained_parameters(program), optimizer_states(optimizer)
+    trained = trained_parameters(program)
     priced: dict[tuple, np.ndarray] = {}
     nodes = []
     for kind in work.kinds.values():
@@ -263,7 +251,7 @@ def build(program: Program, rules: Mapping[str, Rule], mesh: Mesh, conversions: 
         if kind.role == "op" and random_costs is not None:
             seconds = np.array([random_seconds(random_costs, kind.name, label) for label in labels])
         elif kind.role == "op":
-            seconds = _priced(work.nodes[kind.members[0]], kind, mesh, node_seconds, priced)
+            seconds = _priced(work.nodes[kind.members[0]], kind, mesh, priced)
         nodes.append(Node(kind.name, labels, seconds * len(kind.members), work.resident(kind, trained, states)))
     made, specs, takers = [], [], []
     for group in work.folded().values():
@@ -275,8 +263,8 @@ def build(program: Program, rules: Mapping[str, Rule], mesh: Mesh, conversions: 
     return Built(problem, tuple(work.kinds.values()), tuple(specs), tuple(takers), work.order, work.nodes, work.forward_end)
 
 
-def _priced(node: fx.Node, kind: Kind, mesh: Mesh, node_seconds: NodeSeconds, cache: dict[tuple, np.ndarray]) -> np.ndarray:
+def _priced(node: fx.Node, kind: Kind, mesh: Mesh, cache: dict[tuple, np.ndarray]) -> np.ndarray:
     key = signature(node, kind.rule)
     if key not in cache:
-        cache[key] = np.array([node_seconds(node, kind.rule, s, mesh) for s in kind.strategies])
+        cache[key] = node_prices(node, kind.rule, kind.strategies, mesh)
     return cache[key]

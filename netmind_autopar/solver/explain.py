@@ -1,0 +1,143 @@
+"""What a choice means, as plain rows: time, memory by category, collectives, and every class with its layouts. Rendering is the CLI's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..costs.comm import MESSAGES, Conversions
+from ..ir.plan import Collective, Cost, Memory, Plan, Replicated
+from ..ir.program import Program, op_name
+from ..ir.spec import Spec, local_bytes
+from ..rules.algebra import Rule
+from .build import Built, collect
+from .conversions import needed_conversions
+from .problem import Choice, conversions, evaluate, items
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class of a plan: its members, strategy, and the layouts it takes and gives. role: "param", "op", "input", "result" …"""
+
+    name: str
+    role: str
+    count: int
+    choice: str
+    takes: tuple[Spec, ...]
+    gives: tuple[Spec | None, ...]
+    device_bytes: int
+
+
+@dataclass(frozen=True)
+class ConversionRow:
+    """Conversions that are alike: `count` of them from `source` to `target` by the moves of `path`, e.g. ("all_gather tp",)."""
+
+    producer: str
+    consumers: tuple[str, ...]
+    phase: str
+    source: Spec
+    target: Spec
+    path: tuple[str, ...]
+    count: int
+    bytes: int
+    seconds: float
+
+
+def cost_of(built: Built, choice: Choice, trained: set[str], states: int) -> Cost:
+    """Seconds by part and bytes by category of one choice."""
+    problem = built.problem
+    _, peak, moment = evaluate(problem, choice)
+    compute_s = sum(float(node.seconds[k]) for node, k in zip(problem.nodes, choice, strict=True))
+    communication_s = sum(c.seconds for c in conversions(problem, choice))
+    return Cost(step_s=compute_s + communication_s, compute_s=compute_s, communication_s=communication_s, peak_bytes=peak,
+                memory=memory_at(built, choice, moment, trained, states))
+
+
+def memory_at(built: Built, choice: Choice, moment: int, trained: set[str], states: int) -> Memory:
+    """Bytes alive at one moment by category; their sum is what `problem.profile` says.
+
+    activations: made in forward and needed in backward. transients: everything else that ops make.
+    """
+    total = dict.fromkeys(Memory.model_fields, 0)
+    for kind, node, k in zip(built.kinds, built.problem.nodes, choice, strict=True):
+        copies = len(kind.members) + states * sum(m in trained for m in kind.members)
+        if copies and node.resident[k]:
+            each = int(node.resident[k]) // copies
+            total["inputs" if kind.role in ("input", "seed") else "parameters"] += each * len(kind.members)
+            total["optimizer"] += each * (copies - len(kind.members))
+    last = built.problem.moments - 1
+    for item in items(built.problem, choice):
+        value = built.problem.values[item.value]
+        for start, end in zip(item.start.tolist(), item.end.tolist(), strict=True):
+            if start <= moment <= end:
+                name = "activations" if start <= built.forward_end < end else "transients"
+                total["gradients" if value.kind == "gradient" and end == last else name] += item.bytes
+    total["transients"] += built.problem.fixed_bytes
+    return Memory(**total)
+
+
+def collectives_of(built: Built, choice: Choice, conv: Conversions) -> tuple[Collective, ...]:
+    """All collectives by kind, axis and phase, from the paths of the chosen conversions. Slices, masks and recasts send nothing."""
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for c in conversions(built.problem, choice):
+        sources, targets = built.specs[c.value]
+        moves = conv.path(sources[c.p], targets[c.q])
+        whole = sum(m.seconds for m in moves)
+        scale = c.seconds / whole if whole else 0.0
+        phase = built.takers[c.value][c.consumers[0]].phase
+        for m in moves:
+            if m.kind in MESSAGES:
+                row = found.setdefault((m.kind, m.axis, phase), [0, 0, 0.0])
+                row[0] += built.problem.values[c.value].count
+                row[1] += built.problem.values[c.value].count * m.bytes
+                row[2] += m.seconds * scale
+    names = conv.mesh.names
+    return tuple(Collective(kind=kind, axis=names[axis], phase=phase, count=int(n), bytes=int(size), seconds=s)  # type: ignore[arg-type]
+                 for (kind, axis, phase), (n, size, s) in sorted(found.items(), key=lambda item: (item[0][2] != "forward", *item[0])))
+
+
+def replicated_of(built: Built, choice: Choice) -> tuple[Replicated, ...]:
+    """Ops without a rule, by op and source line."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for kind, node, k in zip(built.kinds, built.problem.nodes, choice, strict=True):
+        if kind.rule.known or kind.role != "op":
+            continue
+        for member in kind.members:
+            where = built.nodes[member].meta.get("where", "") or ""
+            row = found.setdefault((op_name(built.nodes[member]), where), [0, 0.0])
+            row[0] += 1
+            row[1] += float(node.seconds[k]) / len(kind.members)
+    return tuple(Replicated(op=op, where=where, count=int(n), seconds=s) for (op, where), (n, s) in sorted(found.items()))
+
+
+def class_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[ClassRow, ...]:
+    """Every class of the program under a plan, in program order."""
+    out = []
+    for kind in collect(program, rules, plan.sizes, plan.inputs).values():
+        label = plan.choices.get(kind.name, " ".join(kind.strategies[0]))
+        at = [" ".join(s) for s in kind.strategies].index(label)
+        size = sum(local_bytes(s, plan.sizes) for s in kind.gives[at] if s is not None) * len(kind.members)
+        out.append(ClassRow(kind.name, kind.role, len(kind.members), label, kind.takes[at], kind.gives[at], size))
+    return tuple(out)
+
+
+def conversion_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[ConversionRow, ...]:
+    """The conversions of a plan, those of repeated blocks together, most expensive first."""
+    from .fold import classes
+    from .solve import choices_to_strategies
+
+    conv = Conversions(plan.links(), plan.random_costs)
+    names = classes(program, rules)
+    rows: dict[tuple, list] = {}
+    for need in needed_conversions(program, rules, choices_to_strategies(program, rules, plan), plan.sizes):
+        moves = [m for m in conv.path(need.source, need.target) if m.kind != "recast"]
+        takers = tuple(names.get(u.node, f"{u.result.role}.{u.result.name}" if u.result else "") for u in need.uses)
+        if any(u.result and u.result.role == "grad" for u in need.uses):
+            takers = ("gradient",)
+        key = (names[need.producer], takers, need.phase, need.source, need.target)
+        row = rows.setdefault(key, [tuple(f"{m.kind} {conv.mesh.names[m.axis]}" for m in moves), 0, 0, 0.0])
+        row[1] += 1
+        row[2] += sum(m.bytes for m in moves)
+        row[3] += conv.seconds(need.source, need.target, bucketed=need.is_gradient)
+    made = [ConversionRow(*key, *row) for key, row in rows.items()]
+    return tuple(sorted(made, key=lambda r: (-r.seconds, r.producer, r.consumers)))

@@ -1,0 +1,184 @@
+"""Program, rules and mesh in; a proven plan out. And back: from a plan to one strategy per node."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from ..costs.comm import Conversions
+from ..costs.memory import optimizer_states
+from ..ir.errors import InfeasibleError, InputError, PlanError, SolverError
+from ..ir.mesh import Mesh
+from ..ir.plan import Plan, PlanAxis, PlanDevice
+from ..ir.program import Program
+from ..ir.spec import Placement, Spec, parse_placement
+from ..rules.algebra import Rule, Strategy, is_legal, strategies
+from ..tracer.hash import graph_hash as hash_of
+from . import milp
+from .build import Built, build, trained_parameters
+from .conversions import end_rules
+from .explain import collectives_of, cost_of, replicated_of
+from .fold import classes
+from .memory import largest
+from .presolve import Kept
+from .problem import Choice, evaluate
+from .search import solve_problem
+from .shard import Solution
+
+Pin = str | Sequence[str] | Mapping[str, str]
+
+
+def solve(program: Program, rules: Mapping[str, Rule], mesh: Mesh, *, graph_hash: str, cluster: str = "custom",
+          memory_limit: int | None = None, optimizer: str = "adamw", pins: Mapping[str, Pin] | None = None,
+          inputs: Literal["global", "local"] = "global", random_costs: int | None = None, time_limit: float = 60.0,
+          gap: float = 1e-4) -> Plan:
+    """The cheapest plan that fits.
+
+    memory_limit: bytes per device, the device's own memory when None. pins: parameter name -> placements: "S(0)" (on every axis),
+    "R S(0)" or ("R", "S(0)") (one per axis) or {"tp": "S(0)"} (other axes free). random_costs: a seed for random prices.
+    time_limit: seconds for the solver, after which the best plan found is returned as "feasible" with its true gap. gap: relative.
+    Raises InputError (pins, optimizer), InfeasibleError (nothing fits), SolverError (nothing found in time).
+    """
+    start = time.process_time()
+    limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
+    states, trained = optimizer_states(optimizer), trained_parameters(program)
+    conversions = Conversions(mesh, random_costs)
+    built = build(program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=limit)
+    allowed = _pinned(program, built, mesh, pins or {})
+    found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
+    if found.choice is None or found.seconds == math.inf:
+        raise _refusal(built, found, limit, bool(pins))
+    cost = cost_of(built, found.choice, trained, states)
+    bound = max(0.0, min(found.bound, cost.step_s))
+    choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
+    plan = Plan(
+        graph_hash=graph_hash, cluster=cluster, memory_limit_bytes=limit, optimizer=optimizer, inputs=inputs, choices=choices, cost=cost,
+        mesh=tuple(PlanAxis(name=a.name, size=a.size, bandwidth_bytes_s=a.bandwidth_bytes_s, latency_s=a.latency_s) for a in mesh.axes),
+        device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
+        collectives=collectives_of(built, found.choice, conversions), replicated=replicated_of(built, found.choice),
+        bound_s=bound, gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
+        status="optimal" if found.status == milp.OPTIMAL else "feasible", solver=milp.solver_name(), random_costs=random_costs)
+    return plan.timed(time.process_time() - start)
+
+
+def _labels(built: Built, choice: Choice) -> list[str]:
+    return [node.labels[k] for node, k in zip(built.problem.nodes, choice, strict=True)]
+
+
+def _pinned(program: Program, built: Built, mesh: Mesh, pins: Mapping[str, Pin]) -> Kept | None:
+    """The strategies that the pins leave; None when there are no pins."""
+    if not pins:
+        return None
+    allowed = [tuple(range(len(node.labels))) for node in built.problem.nodes]
+    by_name = {item.name: item.node for item in program.inputs if item.role == "param"}
+    by_name |= {alias: by_name[first] for alias, first in program.tied.items() if first in by_name}
+    for name, pin in pins.items():
+        if name not in by_name:
+            near = ", ".join(sorted(n for n in by_name if n.rpartition(".")[2] == name.rpartition(".")[2])[:3]) or ", ".join(sorted(by_name)[:3])
+            raise InputError(f"cannot pin {name!r}: the model has no such parameter", where="pins=", try_=f"a parameter's name, such as {near}")
+        want = _placements(name, pin, mesh)
+        i = next(i for i, kind in enumerate(built.kinds) if by_name[name] in kind.members)
+        kind = built.kinds[i]
+        fits = tuple(k for k in allowed[i] if _matches(kind.gives[k][0], want, mesh))
+        if not fits:
+            others = ", ".join(built.nodes[m].name for m in kind.members[:3])
+            raise InputError(f"cannot pin {name!r} to {' '.join(str(p or 'free') for p in want)}", where="pins=",
+                             why=f"its shape {tuple(built.nodes[kind.members[0]].meta['val'].shape)} cannot be split so on the mesh {mesh}, "
+                                 f"or another pin of the same repeated block ({others}) says otherwise",
+                             try_="a dim that is at least as long as the axis is wide, and one pin per repeated block")
+        allowed[i] = fits
+    return tuple(allowed)
+
+
+def _placements(name: str, pin: Pin, mesh: Mesh) -> list[Placement | None]:
+    """One placement per axis; None where the pin says nothing."""
+    if isinstance(pin, Mapping):
+        for axis in pin:
+            if axis not in mesh.names:
+                raise InputError(f"the pin of {name!r} names the axis {axis!r}", where="pins=", why=f"the mesh is {mesh}",
+                                 try_=f"one of {', '.join(mesh.names)}")
+        words: list[str | None] = [pin.get(axis) for axis in mesh.names]
+    else:
+        given = pin.split() if isinstance(pin, str) else list(pin)
+        words = [*(given * len(mesh.axes) if len(given) == 1 else given)]
+    if len(words) != len(mesh.axes):
+        raise InputError(f"the pin of {name!r} has {len(words)} placements", where="pins=", why=f"the mesh {mesh} has {len(mesh.axes)} axes",
+                         try_="one placement per axis, such as " + repr(" ".join(["R"] * (len(mesh.axes) - 1) + ["S(0)"])))
+    try:
+        return [None if word is None else parse_placement(word) for word in words]
+    except ValueError as e:
+        raise InputError(f"cannot read the pin of {name!r}", where="pins=", why=str(e), try_="R, or S(0) for a split of dim 0") from None
+
+
+def _matches(spec: Spec | None, want: Sequence[Placement | None], mesh: Mesh) -> bool:
+    assert spec is not None
+    return all(w is None or p == w or axis.size == 1 for p, w, axis in zip(spec.placements, want, mesh.axes, strict=True))
+
+
+def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> InfeasibleError | SolverError:
+    """Why there is no plan: what is needed, what there is, the largest tensors, and the smallest limit that works."""
+    if found.choice is None:
+        if found.status == milp.UNKNOWN:
+            return SolverError("no plan was found in time", why="the solver stopped at its time limit", try_="raise time_limit")
+        return InfeasibleError("no plan satisfies all constraints", where="pins=" if pinned else "",
+                               why="some op has no strategy that agrees with its neighbours", try_="drop a pin" if pinned else "report this model")
+    _, need, moment = evaluate(built.problem, found.choice)
+    node = built.nodes.get(built.order[moment])
+    tensors = ", ".join(f"{name} {_size(size)}" for name, size in largest(built.problem, found.choice, moment))
+    proven = "" if found.status == milp.INFEASIBLE else " (the least that was found; not proven to be the least possible)"
+    return InfeasibleError(
+        f"no plan fits into {limit} bytes ({_size(limit)}) per device: {need} bytes ({_size(need)}) are needed{proven}",
+        where=(node.meta.get("where") or node.name) if node is not None else "",
+        why=f"the largest tensors on one device there: {tensors}",
+        try_=f"a limit of {need} bytes or more, more devices, a smaller batch, or an optimizer with less state")
+
+
+def _size(n: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.2f} {unit}"
+    return f"{n} B"
+
+
+def choices_to_strategies(program: Program, rules: Mapping[str, Rule], plan: Plan) -> dict[str, Strategy]:
+    """One strategy per placeholder, constant and op by node name, and per result as `output.<path>`.
+
+    Raises PlanError when the plan was made for another program, or names classes or symbols that this one does not have.
+    """
+    found = hash_of(program)
+    if found != plan.graph_hash:
+        raise PlanError("the plan belongs to another model or to other input shapes", where=f"graph_hash {plan.graph_hash}",
+                        why=f"this model's graph has the hash {found}", try_="plan again for this model")
+    rules = {**end_rules(program, plan.inputs), **rules}
+    names = classes(program, rules)
+    names |= {f"output.{o.name}": f"output.{o.name}" for o in program.outputs if o.role == "output"}
+    ends = program.placeholders()
+    out: dict[str, Strategy] = {}
+    chosen: dict[str, Strategy] = {}
+    for node, name in names.items():
+        key = f"output.{ends[node].name}" if node in ends and ends[node].role == "tangent" else node
+        if name not in chosen:
+            chosen[name] = _chosen(plan, name, rules[key])
+        out[node] = chosen[name]
+    if extra := sorted(plan.choices.keys() - chosen.keys()):
+        raise PlanError(f"the plan decides {extra[0]!r}, which this model does not have", where=f"choices: {extra[0]}",
+                        try_="undo the edit, or plan again")
+    return out
+
+
+def _chosen(plan: Plan, name: str, rule: Rule) -> Strategy:
+    text = plan.choices.get(name)
+    if text is None:
+        possible = strategies(rule, plan.sizes)
+        if len(possible) > 1:
+            raise PlanError(f"the plan does not decide {name!r}", where=f"choices: {name}", try_="undo the edit, or plan again")
+        return possible[0]
+    strategy = tuple(text.split())
+    if not is_legal(rule, strategy, plan.sizes):
+        raise PlanError(f"{text!r} is no strategy of {name!r}", where=f"choices: {name}",
+                        why=f"its rule is {rule}; each of the {len(plan.sizes)} axes takes one of {' '.join(rule.symbols)}, "
+                            "and no device may be left without elements",
+                        try_="undo the edit, or plan again")
+    return strategy
