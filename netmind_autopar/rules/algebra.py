@@ -229,21 +229,23 @@ def bind(pattern: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequen
     letters of groups, all but one of each. Raises ValueError when pattern and shapes disagree.
     """
     ins, outs, fixed, reduce = parse(pattern)
+    if not ins and len(inputs) == 1:
+        ins = (Term(()),)  # nothing before the arrow: no input, or one without dims
     shapes = [*inputs, *outputs]
     terms: list[Term | None] = [*ins, *outs]
     if len(terms) != len(shapes):
         raise ValueError(f"the rule {pattern!r} has {len(ins)} inputs and {len(outs)} outputs, the call {len(inputs)} and {len(outputs)}")
     terms = [_expand(t, len(s)) if t is not None and s is not None else None for t, s in zip(terms, shapes, strict=True)]
     known = dict(sizes or {})
-    order: dict[str, None] = {}
+    dims: list[tuple[tuple[str, ...], int]] = []
     for term, shape in zip(terms, shapes, strict=True):
         if term is None or shape is None:
             continue
         if len(term.dims) != len(shape):
             raise ValueError(f"the rule {pattern!r} does not fit the shape {tuple(shape)}")
-        for dim, n in zip(term.dims, shape, strict=True):
-            _learn(dim, int(n), known, pattern)
-            order.update(dict.fromkeys(dim))
+        dims += [(dim, int(n)) for dim, n in zip(term.dims, shape, strict=True)]
+    order = dict.fromkeys(letter for dim, _ in dims for letter in dim)
+    _learn(dims, known, pattern)
     return Rule(tuple(t for t in terms[: len(ins)] if t), tuple(terms[len(ins) :]), {k: known[k] for k in order}, fixed & set(order),
                 reduce, adjust)
 
@@ -256,10 +258,18 @@ def _expand(term: Term, rank: int) -> Term:
     return Term(term.dims[:at] + extra + term.dims[at + 1 :], term.mark)
 
 
-def _learn(dim: tuple[str, ...], n: int, known: dict[str, int], pattern: str) -> None:
-    unknown = [letter for letter in dim if letter not in known]
-    product = math.prod(known[letter] for letter in dim if letter in known)
-    if len(unknown) == 1 and product and n % product == 0:
-        known[unknown[0]] = n // product
-    elif unknown or product != n:
+def _learn(dims: Sequence[tuple[tuple[str, ...], int]], known: dict[str, int], pattern: str) -> None:
+    """Sizes of letters from the sizes of dims: first the letters that stand alone, then what is left over in groups."""
+    waiting, before = list(dims), -1
+    while waiting and len(waiting) != before:
+        before, rest = len(waiting), []
+        for dim, n in waiting:
+            unknown = {letter for letter in dim if letter not in known}
+            product = math.prod(known[letter] for letter in dim if letter in known)
+            if len(unknown) == 1 and product and n % product == 0:
+                known[unknown.pop()] = n // product
+            elif unknown or product != n:
+                rest.append((dim, n))
+        waiting = rest
+    for dim, n in waiting:
         raise ValueError(f"the dim ({' '.join(dim)}) of the rule {pattern!r} does not fit the size {n}")

@@ -6,9 +6,6 @@ that lacks a split letter must be the sum of what the devices computed. A letter
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 
 from .algebra import Rule
@@ -88,13 +85,20 @@ def along(call: Call, *marks: str) -> Rule:
     """An op along `dim`: that dim is never split, it may have another size in the outputs; all other dims are independent."""
     sketch = Sketch(call)
     shape = call.shapes[0]
-    dims = {d % len(shape) for d in ([call["dim"]] if isinstance(call["dim"], int) else call["dim"])} if shape else set()
+    dims = {call["dim"] % len(shape)} if shape else set()
     full = sketch.dims(shape, dims)
     inputs = [full, *(aligned(s, full, shape) for s in call.shapes[1:])]
     outputs = []
     for result in call.results:
         outputs.append([sketch.letter(n, fixed=True) if d in dims and n != shape[d] else full[d] for d, n in enumerate(result or ())])
     return sketch.rule(inputs, outputs, [*marks, *["_"] * (len(inputs) - len(marks))] if marks else "")
+
+
+def along_dims(call: Call, *marks: str) -> Rule:
+    """An op that keeps its shape and moves elements along `dims`, which are never split."""
+    sketch = Sketch(call)
+    full = sketch.dims(call.shapes[0], call["dims"])
+    return sketch.rule([full], [full], list(marks))
 
 
 def loss(call: Call, *marks: str) -> Rule:
@@ -232,6 +236,3 @@ def fixed(call: Call, *marks: str) -> Rule:
     outputs = [None if r is None else [sketch.letter(n, fixed=True) for n in r] for r in call.results]
     return sketch.rule(inputs, outputs, list(marks) or "")
 
-
-def numel(shape: Sequence[int]) -> int:
-    return math.prod(shape)

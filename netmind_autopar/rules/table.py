@@ -27,9 +27,8 @@ _GROUPS: dict[str, str] = {
         bitwise_xor.Scalar bitwise_left_shift.Tensor bitwise_right_shift.Tensor where.self where.Scalar addcmul addcdiv div.Tensor_mode
         div.Scalar_mode floor_divide lerp.Tensor masked_fill.Tensor polar xlogy.Tensor
     """,
-    "pointwise +": "neg positive mul.Scalar div.Scalar _to_copy clone detach alias lift_fresh_copy real imag conj _conj contiguous",
-    "pointwise + +": "add.Tensor sub.Tensor lerp.Scalar",
-    "pointwise + *": "rsub.Tensor",
+    "pointwise +": "neg positive mul.Scalar div.Scalar _to_copy clone detach alias lift_fresh_copy",
+    "pointwise + +": "add.Tensor sub.Tensor rsub.Tensor lerp.Scalar",
     "pointwise * *": "mul.Tensor",
     "pointwise * _": """
         div.Tensor gelu_backward silu_backward tanh_backward sigmoid_backward threshold_backward hardtanh_backward hardswish_backward
@@ -48,7 +47,8 @@ _GROUPS: dict[str, str] = {
     """,
     "reduce whole +": "mean mean.dim",
     "along": "_softmax _log_softmax softmax.int log_softmax.int sort sort.stable topk cumprod logcumsumexp",
-    "along +": "cumsum flip",
+    "along +": "cumsum",
+    "along_dims +": "flip",
     "along * _": "_softmax_backward_data _log_softmax_backward_data",
     "loss": "mse_loss smooth_l1_loss huber_loss binary_cross_entropy_with_logits",
     "loss *": "mse_loss_backward smooth_l1_loss_backward huber_loss_backward",
@@ -56,7 +56,7 @@ _GROUPS: dict[str, str] = {
     "added_matmul b": "baddbmm",
     "linear": "linear",
     "norm forward": "native_layer_norm _fused_rms_norm",
-    "norm backward": "native_layer_norm_backward _fused_rms_norm_backward",
+    "norm backward": "native_layer_norm_backward",
     "group_norm forward": "native_group_norm",
     "group_norm backward": "native_group_norm_backward",
     "batch_norm forward": "_native_batch_norm_legit_no_training _native_batch_norm_legit_functional native_batch_norm",
