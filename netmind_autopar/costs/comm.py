@@ -108,7 +108,8 @@ class _Space:
         out: list[tuple[int, float, float]] = []
         placements = self.specs[i].placements
         for axis, old in enumerate(placements):
-            later = {p for p, a in zip(placements[axis + 1 :], self.mesh.axes[axis + 1 :], strict=True) if a.size > 1 and isinstance(p, Shard)}
+            inner = zip(placements[axis + 1 :], self.mesh.axes[axis + 1 :], strict=True)
+            later = {p for p, link in inner if link.size > 1 and isinstance(p, Shard)}
             if old in later:
                 continue
             for new in self.options:
@@ -244,8 +245,7 @@ class Conversions:
             raise ValueError(f"no chain of moves leads from {a} to {b} on the mesh {self.mesh}")
         (start, i), (end, j), (u, v) = source, target, found
         moves = [*start.chain(i, u), _recast(start.specs[u], end.specs[v]), *end.chain(v, j)]
-        moves = [_recast(a, moves[0].before), *moves, _recast(moves[-1].after, b)]
-        return tuple(m for m in moves if m.before != m.after)
+        return _joined([_recast(a, moves[0].before), *moves, _recast(moves[-1].after, b)])
 
     def matrix(self, sources: Sequence[Spec], targets: Sequence[Spec], *, bucketed: bool = False) -> np.ndarray:
         """`seconds` of all pairs, shape (sources, targets)."""
@@ -261,7 +261,7 @@ class Conversions:
         groups: dict[int, tuple[_Space, list[int], list[int]]] = {}
         for position, spec in enumerate(specs):
             if found := self._state(spec):
-                space, positions, states = groups.setdefault(id(found[0]), (found[0], [], []))
+                _, positions, states = groups.setdefault(id(found[0]), (found[0], [], []))
                 positions.append(position)
                 states.append(found[1])
         return list(groups.values())
@@ -326,6 +326,17 @@ class Conversions:
 
 def _recast(before: Spec, after: Spec) -> Move:
     return Move("recast", -1, before, after, 0, 0.0)
+
+
+def _joined(moves: Sequence[Move]) -> tuple[Move, ...]:
+    """The same chain with recasts in a row made one, and those that change nothing left out."""
+    out: list[Move] = []
+    for move in moves:
+        if move.kind == "recast" and out and out[-1].kind == "recast":
+            move = _recast(out.pop().before, move.after)
+        if move.before != move.after:
+            out.append(move)
+    return tuple(out)
 
 
 def _random_price(seed: int, kind: str, before: Spec, after: Spec) -> float:

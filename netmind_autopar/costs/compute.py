@@ -73,19 +73,21 @@ CLASSES = {
                  "_softmax_backward_data _log_softmax_backward_data cumsum cumprod logsumexp argmax argmin any all topk sort "
                  "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d linalg_vector_norm prod",
     "scattered": "embedding embedding_backward embedding_dense_backward index index_select index_put gather scatter scatter_add index_add "
-                 "nll_loss nll_loss_backward nll_loss_forward max_pool2d_with_indices_backward select_backward slice_backward slice_scatter "
-                 "select_scatter upsample_nearest2d _embedding_bag",
+                 "nll_loss nll_loss_backward nll_loss_forward max_pool2d_with_indices_backward select_backward slice_backward "
+                 "slice_scatter select_scatter upsample_nearest2d _embedding_bag",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 
 # Views: no bytes move.
-FREE = frozenset(
+_FREE = (
     "view _unsafe_view reshape t transpose permute expand unsqueeze squeeze slice select split split_with_sizes chunk unbind narrow alias "
-    "detach as_strided unfold diagonal view_as_real view_as_complex flatten unflatten movedim swapaxes lift_fresh_copy getitem".split()
+    "detach as_strided unfold diagonal view_as_real view_as_complex flatten unflatten movedim swapaxes lift_fresh_copy getitem"
 )
+FREE = frozenset(_FREE.split())
 # Made from nothing: only written, and free when it is next to nothing.
-CREATION = frozenset("full zeros ones empty arange scalar_tensor full_like zeros_like ones_like empty_like new_full new_zeros new_ones "
-                     "new_empty eye linspace rand randn tril_indices".split())
+_CREATION = ("full zeros ones empty arange scalar_tensor full_like zeros_like ones_like empty_like new_full new_zeros new_ones "
+             "new_empty eye linspace rand randn tril_indices")
+CREATION = frozenset(_CREATION.split())
 TINY_BYTES = 4096
 # Position of the operand of which only as much is read as comes out.
 GATHERED = {"embedding": 0, "_embedding_bag": 0, "index": 0, "index_select": 0, "gather": 0, "nll_loss": 0, "nll_loss_forward": 0}

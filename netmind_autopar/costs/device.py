@@ -128,12 +128,10 @@ def _device_preset(name: str, where: str) -> dict[str, Any]:
 
 def _preset(cluster: str) -> ClusterProfile:
     row = CLUSTERS[cluster]
-    links = {}
-    for which in ("intra", "inter"):
-        rate, latency, efficiency, _ = row[which]  # type: ignore[misc]
-        links[which] = {"bandwidth_bytes_s": rate * efficiency, "latency_s": latency}
-    device = _device_preset(str(row["device"]), cluster)
-    return ClusterProfile.model_validate({"name": cluster, "node_size": row["node_size"], "device": device, "links": links})
+    links = {which: {"bandwidth_bytes_s": link.vendor_bytes_s * link.efficiency, "latency_s": link.latency_s}
+             for which, link in (("intra", row.intra), ("inter", row.inter))}
+    device = _device_preset(row.device, cluster)
+    return ClusterProfile.model_validate({"name": cluster, "node_size": row.node_size, "device": device, "links": links})
 
 
 def _presets() -> str:
@@ -209,7 +207,7 @@ def _ranks(mesh: Any) -> tuple[tuple[str, ...], np.ndarray]:
         ranks = mesh.mesh.cpu().numpy()
         names = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(ranks.ndim))
         return tuple(names), ranks
-    raise MeshError(f"not a mesh: {type(mesh).__name__}", why="a mesh is a DeviceMesh, a text such as \"dp=2,tp=4\", or a number of devices",
+    raise MeshError(f"not a mesh: {type(mesh).__name__}", why="a mesh is a DeviceMesh, a text, or a number of devices",
                     try_='"dp=2,tp=4"')
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import NamedTuple
 
 GB, TERA = 10**9, 1e12
 
@@ -26,7 +27,8 @@ def _gpu(memory_gb: float, memory_tb_s: float, host_gb_s: float, source: str, **
 DEVICES: dict[str, dict[str, object]] = {
     "v100": _gpu(32, 0.9, 16, "NVIDIA V100 Tensor Core GPU datasheet (SXM2, 32 GB)", float32=15.7, float64=7.8, float16=125),
     "a100-40": _gpu(40, 1.555, 32, "NVIDIA A100 Tensor Core GPU datasheet (40 GB)", float32=19.5, float64=9.7, float16=312, bfloat16=312),
-    "a100-80": _gpu(80, 2.039, 32, "NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB)", float32=19.5, float64=9.7, float16=312, bfloat16=312),
+    "a100-80": _gpu(80, 2.039, 32, "NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB)", float32=19.5, float64=9.7, float16=312,
+                    bfloat16=312),
     "h100-sxm": _gpu(80, 3.35, 64, "NVIDIA H100 Tensor Core GPU datasheet (SXM)", float32=67, float64=34, float16=989.4, bfloat16=989.4,
                      float8_e4m3fn=1978.9, float8_e5m2=1978.9),
     "h100-pcie": _gpu(80, 2.0, 64, "NVIDIA H100 Tensor Core GPU datasheet (PCIe)", float32=51, float64=26, float16=756.5, bfloat16=756.5,
@@ -35,7 +37,8 @@ DEVICES: dict[str, dict[str, object]] = {
                  float8_e4m3fn=1978.9, float8_e5m2=1978.9),
     "b200": _gpu(180, 8.0, 64, "NVIDIA Blackwell architecture technical brief (HGX B200)", float32=80, float64=40, float16=2250,
                  bfloat16=2250, float8_e4m3fn=4500, float8_e5m2=4500),
-    "l4": _gpu(24, 0.3, 32, "NVIDIA L4 Tensor Core GPU datasheet", float32=30.3, float64=0.47, float16=121, bfloat16=121, float8_e4m3fn=242.5),
+    "l4": _gpu(24, 0.3, 32, "NVIDIA L4 Tensor Core GPU datasheet", float32=30.3, float64=0.47, float16=121, bfloat16=121,
+               float8_e4m3fn=242.5),
     "rtx4090": _gpu(24, 1.008, 32, "NVIDIA Ada GPU architecture whitepaper (GeForce RTX 4090)", float32=82.6, float64=1.29, float16=165.2,
                     bfloat16=165.2, float8_e4m3fn=330.3),
     "mi300x": _gpu(192, 5.3, 64, "AMD Instinct MI300X accelerator data sheet", float32=163.4, float64=81.7, float16=1307.4,
@@ -43,44 +46,67 @@ DEVICES: dict[str, dict[str, object]] = {
     # One process that runs on one core. Measured with PyTorch 2.13 on an AMD EPYC (Zen 4) core at 2.6 GHz: 90 GFLOP/s float32,
     # 44 float64 (mm of 512 × 512), 22 GB/s (add in cache-sized blocks), about half of that when all cores are busy.
     "cpu": {"memory_bytes": 0, "memory_bandwidth_bytes_s": 1.2e10, "host_bandwidth_bytes_s": 1.2e10, "launch_s": 3e-6,
-            "peak_flops": {"float32": 9e10, "float64": 4.5e10}, "source": "measured; memory: the present machine's, shared by its processes"},
+            "peak_flops": {"float32": 9e10, "float64": 4.5e10},
+            "source": "measured; memory: the present machine's, shared by its processes"},
 }
 
-# cluster: device, devices per node, link inside a node (bytes/s in one direction, latency s, efficiency, source), link between nodes.
-# Latency is that of one message; between nodes it includes the network card and one switch.
-_IB400 = (50e9, 5e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-7 datasheet: 400 Gb/s, one card per device")
-_IB200 = (25e9, 5e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-6 datasheet: 200 Gb/s, one card per device")
-_IB100 = (12.5e9, 6e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-5 datasheet: 100 Gb/s, one card per device")
-_IB400_SHARED = (6.25e9, 6e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-7 datasheet: 400 Gb/s, one card for eight devices")
-_ETH25 = (3.125e9 / 8, 3e-5, LINK_EFFICIENCY, "25 Gb/s Ethernet, one card for eight devices")
+
+class Link(NamedTuple):
+    """A link of one device: bytes/s in one direction as the vendor says, latency of one message, what is reached of the rate."""
+
+    vendor_bytes_s: float
+    latency_s: float
+    efficiency: float
+    source: str
 
 
-def _nvlink(gb_s: float, source: str) -> tuple[float, float, float, str]:
-    return (gb_s * GB, 2e-6, LINK_EFFICIENCY, source)
+class Cluster(NamedTuple):
+    """`intra` joins the `node_size` devices of a node, `inter` the nodes. A latency between nodes includes the card and a switch."""
+
+    device: str
+    node_size: int
+    intra: Link
+    inter: Link
 
 
-def _pcie(gb_s: float, source: str) -> tuple[float, float, float, str]:
-    # All devices share the root complex: 35–45 GB/s were measured by nccl-tests of 8 × H100 PCIe with 64 GB/s each.
-    return (gb_s * GB, 5e-6, 0.6, source)
+def _nvlink(gb_s: float, source: str) -> Link:
+    return Link(gb_s * GB, 2e-6, LINK_EFFICIENCY, source)
 
 
-CLUSTERS: dict[str, dict[str, object]] = {
-    "v100": {"device": "v100", "node_size": 8, "intra": _nvlink(150, "NVIDIA V100 datasheet: NVLink 300 GB/s in both directions"), "inter": _IB100},
-    "a100-40": {"device": "a100-40", "node_size": 8, "intra": _nvlink(300, "NVIDIA A100 datasheet: NVLink 600 GB/s"), "inter": _IB200},
-    "a100-80": {"device": "a100-80", "node_size": 8, "intra": _nvlink(300, "NVIDIA A100 datasheet: NVLink 600 GB/s"), "inter": _IB200},
-    "a100-pcie": {"device": "a100-80", "node_size": 8, "intra": _pcie(32, "NVIDIA A100 datasheet: PCIe Gen4 64 GB/s"), "inter": _IB400_SHARED},
-    "h100-sxm": {"device": "h100-sxm", "node_size": 8, "intra": _nvlink(450, "NVIDIA H100 datasheet: NVLink 900 GB/s"), "inter": _IB400},
-    "h100-pcie": {"device": "h100-pcie", "node_size": 8, "intra": _pcie(64, "NVIDIA H100 datasheet: PCIe Gen5 128 GB/s"), "inter": _IB400_SHARED},
-    "h200": {"device": "h200", "node_size": 8, "intra": _nvlink(450, "NVIDIA H200 datasheet: NVLink 900 GB/s"), "inter": _IB400},
-    "b200": {"device": "b200", "node_size": 8, "intra": _nvlink(900, "NVIDIA Blackwell technical brief: NVLink 1.8 TB/s"), "inter": _IB400},
-    "l4": {"device": "l4", "node_size": 8, "intra": _pcie(32, "NVIDIA L4 datasheet: PCIe Gen4 x16 64 GB/s"), "inter": _ETH25},
-    "rtx4090": {"device": "rtx4090", "node_size": 8, "intra": _pcie(32, "NVIDIA Ada whitepaper: PCIe Gen4 x16"), "inter": _ETH25},
-    "mi300x": {"device": "mi300x", "node_size": 8,
-               "intra": _nvlink(448, "AMD Instinct MI300X data sheet: seven Infinity Fabric links of 128 GB/s in both directions"),
-               "inter": _IB400},
-    # gloo over TCP: measured order of magnitude on one machine, and 10 Gb/s Ethernet between machines.
-    "cpu": {"device": "cpu", "node_size": 8, "intra": (1.5e9, 5e-5, 1.0, "gloo on the loopback device"),
-            "inter": (1.25e9, 1e-4, LINK_EFFICIENCY, "10 Gb/s Ethernet")},
+def _pcie(gb_s: float, source: str) -> Link:
+    # All devices share the root complex: 35–45 GB/s are usual in nccl-tests of 8 × H100 PCIe with 64 GB/s each.
+    return Link(gb_s * GB, 5e-6, 0.6, source)
+
+
+_IB400 = Link(50e9, 5e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-7 datasheet: 400 Gb/s, one card per device")
+_IB200 = Link(25e9, 5e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-6 datasheet: 200 Gb/s, one card per device")
+_IB100 = Link(12.5e9, 6e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-5 datasheet: 100 Gb/s, one card per device")
+_IB400_SHARED = Link(6.25e9, 6e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-7 datasheet: 400 Gb/s, one card for eight devices")
+_ETH25 = Link(3.125e9 / 8, 3e-5, LINK_EFFICIENCY, "25 Gb/s Ethernet, one card for eight devices")
+_GLOO = Link(1.5e9, 5e-5, 1.0, "gloo on the loopback device, order of magnitude")
+_ETH10 = Link(1.25e9, 1e-4, LINK_EFFICIENCY, "10 Gb/s Ethernet")
+
+_NVLINK2 = _nvlink(150, "NVIDIA V100 datasheet: NVLink 300 GB/s in both directions")
+_NVLINK3 = _nvlink(300, "NVIDIA A100 datasheet: NVLink 600 GB/s in both directions")
+_NVLINK4 = _nvlink(450, "NVIDIA H100 and H200 datasheets: NVLink 900 GB/s in both directions")
+_NVLINK5 = _nvlink(900, "NVIDIA Blackwell architecture technical brief: NVLink 1.8 TB/s in both directions")
+_XGMI = _nvlink(448, "AMD Instinct MI300X data sheet: seven Infinity Fabric links of 128 GB/s in both directions")
+_PCIE4 = _pcie(32, "NVIDIA A100 datasheet: PCIe Gen4 64 GB/s in both directions")
+_PCIE5 = _pcie(64, "NVIDIA H100 datasheet: PCIe Gen5 128 GB/s in both directions")
+
+CLUSTERS: dict[str, Cluster] = {
+    "v100": Cluster("v100", 8, _NVLINK2, _IB100),
+    "a100-40": Cluster("a100-40", 8, _NVLINK3, _IB200),
+    "a100-80": Cluster("a100-80", 8, _NVLINK3, _IB200),
+    "a100-pcie": Cluster("a100-80", 8, _PCIE4, _IB400_SHARED),
+    "h100-sxm": Cluster("h100-sxm", 8, _NVLINK4, _IB400),
+    "h100-pcie": Cluster("h100-pcie", 8, _PCIE5, _IB400_SHARED),
+    "h200": Cluster("h200", 8, _NVLINK4, _IB400),
+    "b200": Cluster("b200", 8, _NVLINK5, _IB400),
+    "l4": Cluster("l4", 8, _PCIE4, _ETH25),
+    "rtx4090": Cluster("rtx4090", 8, _PCIE4, _ETH25),
+    "mi300x": Cluster("mi300x", 8, _XGMI, _IB400),
+    "cpu": Cluster("cpu", 8, _GLOO, _ETH10),
 }
 
 # torch.cuda.get_device_name → cluster; the first that matches
