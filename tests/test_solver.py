@@ -33,8 +33,9 @@ def random_problem(seed: int, nodes: int = 6) -> Problem:
     """A random DAG: shared groups, both phases, folded values, impossible conversions, states that are one layout."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 4, nodes)
-    made = tuple(Node(f"n{i}", tuple(map(str, range(k))), rng.integers(0, 20, k) * 1e-3, rng.integers(0, 5, k))
-                 for i, k in enumerate(sizes))
+    made = tuple(
+        Node(f"n{i}", tuple(map(str, range(k))), rng.integers(0, 20, k) * 1e-3, rng.integers(0, 5, k)) for i, k in enumerate(sizes)
+    )
     values = []
     for i in range(nodes - 1):
         p, q, count = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(1, 3))
@@ -47,8 +48,22 @@ def random_problem(seed: int, nodes: int = 6) -> Problem:
         produced = np.array([i * 2 + 14 * c for c in range(count)])
         used = produced[:, None] + 1 + np.array([2 * (t - i) for t in takers])[None, :]
         held = used + rng.integers(0, 3, used.shape)
-        values.append(Value(f"v{i}", i, rng.integers(0, p, sizes[i]), consumers, seconds, same, rng.random(p) < 0.4,
-                            rng.integers(0, 40, p), rng.integers(0, 40, q), produced, used, held))
+        values.append(
+            Value(
+                f"v{i}",
+                i,
+                rng.integers(0, p, sizes[i]),
+                consumers,
+                seconds,
+                same,
+                rng.random(p) < 0.4,
+                rng.integers(0, 40, p),
+                rng.integers(0, 40, q),
+                produced,
+                used,
+                held,
+            )
+        )
     return Problem(made, tuple(values), moments=32, fixed_bytes=3)
 
 

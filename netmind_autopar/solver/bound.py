@@ -1,7 +1,7 @@
 """Lower bounds and good plans without an ILP, so that the ILP which follows is small.
 
-The problem is relaxed to nodes and pairs: a conversion that a group of n consumers shares is charged to each of them at 1/n, which
-never exceeds its price. Moments of memory may carry a price λ_m (seconds per byte), charged in the same manner, which turns the
+The problem is relaxed to nodes and pairs: a conversion that a group of consumers shares is charged to each of them in part, which
+together never exceeds its price; where one of them has no use for its part it is moved to the others. Moments of memory may carry a price λ_m (seconds per byte), charged in the same manner, which turns the
 limit into a term -Σ λ_m limit. The relaxation
 
     min_x Σ_i θ_i(x_i) + Σ_ij θ_ij(x_i, x_j)   ≥   Σ_i min θ_i + Σ_ij min θ_ij
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .memory import Pattern, patterns
+from .memory import Moments, Pattern
 from .presolve import Kept
 from .problem import Choice, Problem, Value, wanted
 
@@ -25,9 +25,9 @@ Prices = Mapping[int, float]  # moment -> seconds per byte
 
 
 class Local:
-    """True costs around one node, for coordinate descent: seconds, and priced bytes."""
+    """True costs around one node, for coordinate descent: weight × seconds, and priced bytes."""
 
-    def __init__(self, problem: Problem, kept: Kept, prices: Prices, weight: float = 1.0) -> None:
+    def __init__(self, problem: Problem, kept: Kept, prices: Prices, moments: Moments, weight: float = 1.0) -> None:
         self.problem, self.kept, self.weight = problem, kept, weight
         self.around: list[list[int]] = [[] for _ in problem.nodes]
         for v, value in enumerate(problem.values):
@@ -35,7 +35,10 @@ class Local:
                 self.around[i].append(v)
         total = sum(prices.values())
         self.own = [weight * node.seconds + total * node.resident for node in problem.nodes]
-        self.memory = [[(price, pattern) for m, price in prices.items() for pattern in patterns(value, m)] for value in problem.values]
+        self.memory: list[list[tuple[float, Pattern]]] = [[] for _ in problem.values]
+        for m, price in prices.items():
+            for v, pattern in moments.at(m):
+                self.memory[v].append((price * pattern.count, pattern))
         self.memo: list[dict[tuple[int, ...], float]] = [{} for _ in problem.values]
 
     def value_cost(self, v: int, choice: list[int]) -> float:
@@ -45,12 +48,13 @@ class Local:
         if key not in memo:
             p, targets = wanted(value, choice)
             cost = self.weight * value.count * sum(float(value.seconds[p, q]) for q, _ in targets)
-            memo[key] = cost + sum(price * pattern.count * live_bytes(value, p, targets, pattern) for price, pattern in self.memory[v])
+            memo[key] = cost + sum(price * live_bytes(value, p, targets, pattern) for price, pattern in self.memory[v])
         return memo[key]
 
     def total(self, choice: list[int]) -> float:
         return sum(float(own[k]) for own, k in zip(self.own, choice, strict=True)) + sum(
-            self.value_cost(v, choice) for v in range(len(self.problem.values)))
+            self.value_cost(v, choice) for v in range(len(self.problem.values))
+        )
 
     def descend(self, choice: Choice, sweeps: int = 6) -> Choice:
         """Change one node at a time while that helps."""
@@ -85,47 +89,64 @@ def live_bytes(value: Value, p: int, targets: list[tuple[int, list[int]]], patte
     return total + int(value.bytes[p]) * alive
 
 
-class Relaxed:
-    """The pairwise relaxation, its messages and its bound."""
+def group_sizes(value: Value) -> list[np.ndarray]:
+    """Per consumer and source state, how many consumers share a conversion with it."""
+    takers = range(len(value.consumers))
+    groups = [value.groups(p) for p in range(len(value.bytes))]
+    return [np.array([next(len(g) for g in per_state if t in g) for per_state in groups]) for t in takers]
 
-    def __init__(self, problem: Problem, kept: Kept, prices: Prices, *, limit: float = 0.0, weight: float = 1.0) -> None:
-        self.problem, self.kept = problem, kept
-        total = sum(prices.values())
-        self.constant = total * (problem.fixed_bytes - limit)
-        self.node = [weight * n.seconds[list(ks)] + total * n.resident[list(ks)] for n, ks in zip(problem.nodes, kept, strict=True)]
+
+class Relaxed:
+    """The pairwise relaxation, its messages and its bound. Prices of moments may change while the messages stay."""
+
+    def __init__(self, problem: Problem, kept: Kept, moments: Moments, weight: float = 1.0) -> None:
+        self.problem, self.kept, self.moments, self.constant = problem, kept, moments, 0.0
+        self.prices: dict[int, float] = {}
+        self.node = [weight * n.seconds[list(ks)] for n, ks in zip(problem.nodes, kept, strict=True)]
         self.edge: dict[tuple[int, int], np.ndarray] = {}
-        top = sum(float(np.max(t, initial=0.0)) for t in self.node)
-        self.big = 0.0
-        parts = []
-        for value in problem.values:
-            source, shares = self._shares(value, prices, weight)
-            self.node[value.node] = self.node[value.node] + source[value.state[list(kept[value.node])]]
-            for t, share in enumerate(shares):
-                top += float(np.max(share[np.isfinite(share)], initial=0.0))
-                parts.append((value, t, share))
-        self.big = 4.0 * top + 1e-9
-        for value, t, share in parts:
-            self._add(value, t, np.where(np.isfinite(share), share, self.big))
-        self.before: list[list[int]] = [[] for _ in kept]
-        self.after: list[list[int]] = [[] for _ in kept]
+        shares = [self._shares(value, weight) for value in problem.values]
+        top = sum(float(t.max(initial=0.0)) for t in self.node)
+        top += sum(float(np.max(s[np.isfinite(s)], initial=0.0)) for parts in shares for s in parts)
+        for value, parts in zip(problem.values, shares, strict=True):
+            for t, share in enumerate(parts):
+                self._add(value, t, np.where(np.isfinite(share), share, 4.0 * top + 1e-9))
+        self._start_shares(weight)
+        self._link()
+
+    def _link(self) -> None:
+        self.before: list[list[int]] = [[] for _ in self.kept]
+        self.after: list[list[int]] = [[] for _ in self.kept]
         for i, j in sorted(self.edge):
             self.after[i].append(j)
             self.before[j].append(i)
 
-    def _shares(self, value: Value, prices: Prices, weight: float) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Priced bytes per source state that are certain, and per consumer the charge for every pair of states."""
-        source = np.zeros(len(value.bytes))
+    def _shares(self, value: Value, weight: float) -> list[np.ndarray]:
+        """Per consumer the charge for every pair of states."""
         possible = np.isfinite(value.seconds)
         base = np.where(possible, np.where(possible, value.seconds, 0.0) * weight * value.count, np.inf)
-        shares = [np.zeros_like(base) for _ in value.consumers]
-        for p in range(len(source)):
-            for group in value.groups(p):
-                for t in group:
-                    shares[t][p] = base[p] / len(group)
-        for m, price in prices.items():
-            for pattern in patterns(value, m):
-                self._charge(value, pattern, price * pattern.count, source, shares)
-        return source, shares
+        return [base / n[:, None] for n in group_sizes(value)]
+
+    def reprice(self, prices: Prices, limit: float) -> None:
+        """Charge memory at these moments, seconds per byte, instead of what was charged before."""
+        source = [np.zeros(len(value.bytes)) for value in self.problem.values]
+        shares = [[np.zeros(value.seconds.shape) for _ in value.consumers] for value in self.problem.values]
+        touched: set[int] = set()
+        for m in sorted({*prices, *self.prices}):
+            change = prices.get(m, 0.0) - self.prices.get(m, 0.0)
+            for v, pattern in self.moments.at(m) if change else ():
+                touched.add(v)
+                self._charge(self.problem.values[v], pattern, change * pattern.count, source[v], shares[v])
+        more = sum(prices.values()) - sum(self.prices.values())
+        for i, ks in enumerate(self.kept):
+            self.node[i] = self.node[i] + more * self.problem.nodes[i].resident[list(ks)]
+        for v in sorted(touched):
+            value = self.problem.values[v]
+            self.node[value.node] = self.node[value.node] + source[v][value.state[list(self.kept[value.node])]]
+            for t, share in enumerate(shares[v]):
+                self._add(value, t, share)
+        self.constant = sum(prices.values()) * (self.problem.fixed_bytes - limit)
+        self.prices = dict(prices)
+        self._link()
 
     def _charge(self, value: Value, pattern: Pattern, price: float, source: np.ndarray, shares: list[np.ndarray]) -> None:
         holders = [t for t in range(len(shares)) if pattern.holds[t]]
@@ -152,6 +173,44 @@ class Relaxed:
             return
         key, table = ((i, j), table) if i < j else ((j, i), table.T)
         self.edge[key] = self.edge[key] + table if key in self.edge else table.copy()
+
+    def _start_shares(self, weight: float) -> None:
+        """What each member of a group is charged for the group's conversions; groups of one are left out."""
+        self.shared: list[tuple[Value, list[np.ndarray], list[np.ndarray]]] = []
+        for value in self.problem.values:
+            sizes = group_sizes(value)
+            if any(size.max() > 1 for size in sizes) and all(c.node != value.node for c in value.consumers):
+                cost = np.where(np.isfinite(value.seconds), value.seconds, 0.0) * value.count * weight
+                self.shared.append((value, [cost / n[:, None] * (n[:, None] > 1) for n in sizes], sizes))
+
+    def _table(self, value: Value, t: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """The edge between a value's node and consumer t, source first, with the states of its rows and columns."""
+        i, j = value.node, value.consumers[t].node
+        rows, cols = value.state[list(self.kept[i])], value.consumers[t].state[list(self.kept[j])]
+        table = self.edge.get((i, j)) if i < j else self.edge.get((j, i))
+        return (table if i < j or table is None else table.T), rows, cols
+
+    def rebalance(self) -> None:
+        """Take from every member of a group what it can spare of its charge and hand it out evenly. The bound does not fall."""
+        for value, charge, sizes in self.shared:
+            pools = np.zeros((3, *value.seconds.shape))  # all consumers, forward, backward
+            for t, consumer in enumerate(value.consumers):
+                table, rows, cols = self._table(value, t)
+                if table is None:
+                    continue
+                least = np.full(value.seconds.shape, np.inf)
+                np.minimum.at(least, (rows[:, None], cols[None, :]), table)
+                spare = np.minimum(np.maximum(least - max(float(table.min()), 0.0), 0.0), charge[t])
+                charge[t] = charge[t] - spare
+                table -= spare[rows][:, cols]
+                pools[0][value.shared] += spare[value.shared]
+                pools[1 + consumer.phase][~value.shared] += spare[~value.shared]
+            for t, consumer in enumerate(value.consumers):
+                table, rows, cols = self._table(value, t)
+                if table is not None:
+                    more = np.where(value.shared[:, None], pools[0], pools[1 + consumer.phase]) / sizes[t][:, None]
+                    charge[t] = charge[t] + more
+                    table += more[rows][:, cols]
 
     def restrict(self, kept: Kept) -> None:
         """Forget the strategies that are not in `kept`; the messages of the others stay."""

@@ -13,7 +13,7 @@ from ..costs.comm import Conversions
 from ..costs.compute import FREE, node_prices, short_name
 from ..ir.mesh import Mesh
 from ..ir.program import Input, Program, is_getitem, tensor_args, values
-from ..ir.spec import Spec, layout, local_bytes, same_layout
+from ..ir.spec import Spec, layout, local_bytes
 from ..rules.algebra import Rule, Strategy, input_specs, output_specs, strategies
 from .conversions import Use, end_rules, owner_of, uses, value_of
 from .fold import classes, signature
@@ -77,8 +77,16 @@ def collect(program: Program, rules: Mapping[str, Rule], sizes: tuple[int, ...],
     for name, group in members.items():
         node = nodes[group[0]]
         role = ends[group[0]].role if group[0] in ends else "constant" if node.op == "get_attr" else "op"
-        out[name] = _kind(name, tuple(group), rules[group[0]], [value_of(a).dtype for a in tensor_args(node)],
-                          [None if v is None else v.dtype for v in values(node)], sizes, cache, role)
+        out[name] = _kind(
+            name,
+            tuple(group),
+            rules[group[0]],
+            [value_of(a).dtype for a in tensor_args(node)],
+            [None if v is None else v.dtype for v in values(node)],
+            sizes,
+            cache,
+            role,
+        )
     for item in program.outputs:
         if item.role == "output":
             name = f"output.{item.name}"
@@ -180,7 +188,9 @@ class _Build:
         groups: dict[tuple, list[tuple[str, int]]] = {}
         for (name, index), takers in self.uses.items():
             producer, _ = self.produced(name, index)
-            into = tuple((self.consumer(u), u.position if u.result is None else -1, u.phase, u.result.role if u.result else "") for u in takers)
+            into = tuple(
+                (self.consumer(u), u.position if u.result is None else -1, u.phase, u.result.role if u.result else "") for u in takers
+            )
             role = self.ends[name].role if name in self.ends else ""
             groups.setdefault((producer, role, index, into), []).append((name, index))
         return groups
@@ -194,18 +204,30 @@ class _Build:
         is_gradient = any(u.result is not None and u.result.role == "grad" for u in takers)
         same = np.array([[self.key(a) == self.key(b) for b in targets] for a in sources], dtype=bool).reshape(len(sources), len(targets))
         seconds = conversions.matrix(sources, targets, bucketed=is_gradient) if targets else np.zeros((len(sources), 0))
-        consumers = tuple(Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
-                          for u, s in zip(takers, states, strict=True))
+        consumers = tuple(
+            Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
+            for u, s in zip(takers, states, strict=True)
+        )
         produced = np.array([self.born(n) for n, _ in group])
         used = np.array([[self.moment[u.node] if u.result is None else self.born(n) for u in self.uses[n, i]] for n, i in group])
         held = np.array([[self.held(u, self.hold) for u in self.uses[n, i]] for n, i in group])
         shape = (len(group), len(takers))
         owns = not self.is_resident(name) and not self.is_view(name)
         value = Value(
-            f"{producer}" + (f"[{index}]" if index else ""), self.index[producer], state, consumers, np.where(same, 0.0, seconds), same,
-            np.array([s.has_partial for s in sources]), np.array([local_bytes(s, self.sizes) * owns for s in sources], dtype=np.int64),
-            np.array([local_bytes(s, self.sizes) for s in targets], dtype=np.int64), produced, used.reshape(shape), held.reshape(shape),
-            "gradient" if is_gradient else "activation")
+            f"{producer}" + (f"[{index}]" if index else ""),
+            self.index[producer],
+            state,
+            consumers,
+            np.where(same, 0.0, seconds),
+            same,
+            np.array([s.has_partial for s in sources]),
+            np.array([local_bytes(s, self.sizes) * owns for s in sources], dtype=np.int64),
+            np.array([local_bytes(s, self.sizes) for s in targets], dtype=np.int64),
+            produced,
+            used.reshape(shape),
+            held.reshape(shape),
+            "gradient" if is_gradient else "activation",
+        )
         return value, (tuple(sources), tuple(targets))
 
     def born(self, name: str) -> int:
@@ -234,8 +256,17 @@ def trained_parameters(program: Program) -> set[str]:
     return {i.node for i in program.inputs if i.role == "param" and i.name in wanted}
 
 
-def build(program: Program, rules: Mapping[str, Rule], mesh: Mesh, conversions: Conversions, *, states: int = 2,
-          inputs: str = "global", random_costs: int | None = None, limit_bytes: int | None = None) -> Built:
+def build(
+    program: Program,
+    rules: Mapping[str, Rule],
+    mesh: Mesh,
+    conversions: Conversions,
+    *,
+    states: int = 2,
+    inputs: str = "global",
+    random_costs: int | None = None,
+    limit_bytes: int | None = None,
+) -> Built:
     """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets.
 
     states: tensors of a parameter's size that the optimizer keeps. Random costs replace the seconds of ops; pass conversions that

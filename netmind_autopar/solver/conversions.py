@@ -114,8 +114,9 @@ def group(spec: Spec, phase: str) -> str:
     return "both" if spec.has_partial else phase
 
 
-def needed_conversions(program: Program, rules: Mapping[str, Rule], strategies: Mapping[str, Strategy],
-                       sizes: tuple[int, ...]) -> tuple[Needed, ...]:
+def needed_conversions(
+    program: Program, rules: Mapping[str, Rule], strategies: Mapping[str, Strategy], sizes: tuple[int, ...]
+) -> tuple[Needed, ...]:
     """Every conversion of the program under `strategies` (from `solve.choices_to_strategies`), in the order of the values."""
     rules = {**end_rules(program), **rules}
     nodes = {node.name: node for node in program.graph.nodes}

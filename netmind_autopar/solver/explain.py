@@ -49,8 +49,13 @@ def cost_of(built: Built, choice: Choice, trained: set[str], states: int) -> Cos
     _, peak, moment = evaluate(problem, choice)
     compute_s = sum(float(node.seconds[k]) for node, k in zip(problem.nodes, choice, strict=True))
     communication_s = sum(c.seconds for c in conversions(problem, choice))
-    return Cost(step_s=compute_s + communication_s, compute_s=compute_s, communication_s=communication_s, peak_bytes=peak,
-                memory=memory_at(built, choice, moment, trained, states))
+    return Cost(
+        step_s=compute_s + communication_s,
+        compute_s=compute_s,
+        communication_s=communication_s,
+        peak_bytes=peak,
+        memory=memory_at(built, choice, moment, trained, states),
+    )
 
 
 def memory_at(built: Built, choice: Choice, moment: int, trained: set[str], states: int) -> Memory:
@@ -92,8 +97,10 @@ def collectives_of(built: Built, choice: Choice, conv: Conversions) -> tuple[Col
                 row[1] += built.problem.values[c.value].count * m.bytes
                 row[2] += m.seconds * scale
     names = conv.mesh.names
-    return tuple(Collective(kind=kind, axis=names[axis], phase=phase, count=int(n), bytes=int(size), seconds=s)  # type: ignore[arg-type]
-                 for (kind, axis, phase), (n, size, s) in sorted(found.items(), key=lambda item: (item[0][2] != "forward", *item[0])))
+    return tuple(
+        Collective(kind=kind, axis=names[axis], phase=phase, count=int(n), bytes=int(size), seconds=s)  # type: ignore[arg-type]
+        for (kind, axis, phase), (n, size, s) in sorted(found.items(), key=lambda item: (item[0][2] != "forward", *item[0]))
+    )
 
 
 def replicated_of(built: Built, choice: Choice) -> tuple[Replicated, ...]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .problem import Problem, Value
+from .problem import Problem, Value, items
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,19 @@ def patterns(value: Value, moment: int) -> Iterator[Pattern]:
         yield Pattern(count, row[0], tuple(row[1 : 1 + n]), tuple(row[1 + n : 1 + 2 * n]), tuple(row[1 + 2 * n :]))
 
 
+class Moments:
+    """The patterns alive at a moment, (value, pattern) pairs, worked out once per moment."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.known: dict[int, tuple[tuple[int, Pattern], ...]] = {}
+
+    def at(self, moment: int) -> tuple[tuple[int, Pattern], ...]:
+        if moment not in self.known:
+            self.known[moment] = tuple((v, p) for v, value in enumerate(self.problem.values) for p in patterns(value, moment))
+        return self.known[moment]
+
+
 def crowded(memory: np.ndarray, limit: int, known: set[int], most: int = 4) -> list[int]:
     """Up to `most` violated moments that are far apart: the peak first, then the peaks of what is left around it."""
     over = np.where(memory > limit, memory, -1)
@@ -65,8 +78,6 @@ def crowded(memory: np.ndarray, limit: int, known: set[int], most: int = 4) -> l
 
 def largest(problem: Problem, choice: tuple[int, ...], moment: int, most: int = 3) -> list[tuple[str, int]]:
     """The names and bytes of the largest tensors alive at `moment`, all instances of one together."""
-    from .problem import items
-
     found = [(node.name, int(node.resident[k])) for node, k in zip(problem.nodes, choice, strict=True)]
     for item in items(problem, choice):
         alive = int(((item.start <= moment) & (item.end >= moment)).sum())

@@ -21,12 +21,14 @@ import numpy as np
 
 from . import milp
 from .bound import Local, Relaxed, prune
-from .memory import crowded
+from .memory import Moments, crowded
 from .presolve import Kept, cells, reduce
 from .problem import Choice, Problem, evaluate, profile
 from .shard import Shard, Solution, solve_ilp
 
-MOST_CELLS = 12_000  # pairs of states that the ILP is built for
+MOST_CELLS = 16_000  # pairs of states that the ILP is built for
+PROBE_CELLS = 8_000  # and those of an ILP on the way, in these rounds of bounding:
+PROBES = (1, 3, 7, 15)
 
 
 @dataclass
@@ -62,26 +64,45 @@ def solve_problem(problem: Problem, *, allowed: Kept | None = None, time_limit: 
     return _within_limit(problem, kept, first, gap, deadline)
 
 
-def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, sweeps: int = 60) -> State:
-    """Bound, plans and pruning without memory."""
-    state = State(kept)
-    relaxed, local, stalled = Relaxed(problem, kept, {}), Local(problem, kept, {}), 0
-    for round_ in range(sweeps):
-        before = relaxed.bound()
-        choice, state.excess = relaxed.sweep()
+def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, rounds: int = 25, sweeps: int = 20) -> State:
+    """Bound, plans and pruning without memory, until what is left suits the ILP."""
+    state, moments = State(kept), Moments(problem)
+    relaxed, local = Relaxed(problem, kept, moments), Local(problem, kept, {}, moments)
+    for round_ in range(rounds):
+        start = relaxed.bound()
+        for sweep in range(sweeps):
+            relaxed.rebalance()
+            before = relaxed.bound()
+            choice, state.excess = relaxed.sweep()
+            if sweep == 4 or sweep == sweeps - 1:
+                state.offer(problem, local.descend(choice))
         state.bound = max(state.bound, before)
-        if round_ % 6 == 0 or stalled:
-            state.offer(problem, local.descend(choice))
-            smaller = prune(relaxed.kept, state.excess, before, state.best_s)
-            state.excess = _filtered(state.excess, relaxed.kept, smaller)
-            relaxed.restrict(smaller)
-            local.kept = smaller
-        gain = relaxed.bound() - before
-        stalled = stalled + 1 if gain < 1e-5 * abs(before) else 0
-        if stalled > 2 or state.best_s - state.bound <= 0.1 * gap * abs(state.best_s) or time.monotonic() > deadline:
+        _prune(state, relaxed, before)
+        local.kept = state.kept
+        if state.best_s - state.bound <= 0.1 * gap * abs(state.best_s) or time.monotonic() > deadline:
             break
-    state.kept = relaxed.kept
+        if cells(problem, state.kept) <= MOST_CELLS or relaxed.bound() - start < 1e-5 * abs(start):
+            break
+        if round_ in PROBES:
+            _probe(problem, state, deadline)
     return state
+
+
+def _prune(state: State, relaxed: Relaxed, bound: float) -> None:
+    assert state.excess is not None
+    smaller = prune(relaxed.kept, state.excess, bound, state.best_s)
+    state.excess = _filtered(state.excess, relaxed.kept, smaller)
+    relaxed.restrict(smaller)
+    state.kept = smaller
+
+
+def _probe(problem: Problem, state: State, deadline: float) -> None:
+    """A better plan from the ILP over the most promising strategies: the cheaper the plan in hand, the more is pruned."""
+    kept, _ = _narrow(problem, state, PROBE_CELLS)
+    scale = state.best_s if 0 < state.best_s < math.inf else 1.0
+    found = solve_ilp(problem, kept, time_limit=max(deadline - time.monotonic(), 1.0) / 4, gap=1e-3, scale=scale, incumbent=state.best)
+    if found.choice is not None:
+        state.offer(problem, found.choice)
 
 
 def _filtered(excess: list[np.ndarray], old: Kept, new: Kept) -> list[np.ndarray]:
@@ -103,14 +124,14 @@ def _finish(problem: Problem, state: State, gap: float, deadline: float, moments
     return replace(found, bound=bound, status=milp.OPTIMAL if closed else milp.FEASIBLE)
 
 
-def _narrow(problem: Problem, state: State) -> tuple[Kept, float]:
+def _narrow(problem: Problem, state: State, most: int = MOST_CELLS) -> tuple[Kept, float]:
     """Strategies for the ILP, and the least excess among those left out."""
-    if state.excess is None or cells(problem, state.kept) <= MOST_CELLS:
+    if state.excess is None or cells(problem, state.kept) <= most:
         return state.kept, math.inf
     low, high = 0.0, max(float(e.max()) for e in state.excess)
     for _ in range(20):
         middle = (low + high) / 2
-        if cells(problem, _below(state, middle)) <= MOST_CELLS:
+        if cells(problem, _below(state, middle)) <= most:
             low = middle
         else:
             high = middle
@@ -120,66 +141,67 @@ def _narrow(problem: Problem, state: State) -> tuple[Kept, float]:
 def _below(state: State, threshold: float) -> Kept:
     best = state.best or (-1,) * len(state.kept)
     assert state.excess is not None
-    return tuple(tuple(k for k, e in zip(ks, over, strict=True) if e <= threshold or k == own)
-                 for ks, over, own in zip(state.kept, state.excess, best, strict=True))
+    return tuple(
+        tuple(k for k, e in zip(ks, over, strict=True) if e <= threshold or k == own)
+        for ks, over, own in zip(state.kept, state.excess, best, strict=True)
+    )
 
 
 def _within_limit(problem: Problem, kept: Kept, first: Solution, gap: float, deadline: float) -> Solution:
     """The limit binds: `first` is the best plan without it."""
     assert problem.limit_bytes is not None and first.choice is not None
-    state = State(kept, bound=first.bound)
-    moments = _price_memory(problem, state, first, deadline)
+    state, moments = State(kept, bound=first.bound), Moments(problem)
+    crowd = _price_memory(problem, state, moments, first, deadline)
     if state.best is None:
-        peak, least, choice = least_peak(problem, kept, deadline)
+        peak, least, choice = least_peak(problem, kept, moments, deadline)
         if choice is None or peak > problem.limit_bytes:
             proven = least > problem.limit_bytes
             return Solution(choice, math.inf, first.bound, milp.INFEASIBLE if proven else milp.UNKNOWN)
-        state.offer(problem, Local(problem, kept, {}).descend(choice, 0))
-        _price_memory(problem, state, first, deadline)
-    return _finish(problem, state, gap, deadline, moments)
+        state.offer(problem, choice)
+        crowd = _price_memory(problem, state, moments, first, deadline)
+    return _finish(problem, state, gap, deadline, crowd)
 
 
-def _price_memory(problem: Problem, state: State, first: Solution, deadline: float, rounds: int = 14) -> tuple[int, ...]:
+def _price_memory(problem: Problem, state: State, moments: Moments, first: Solution, deadline: float, rounds: int = 14) -> tuple[int, ...]:
     """Lagrangian search: plans that fit, a bound, pruning. Returns the moments that mattered."""
-    limit = problem.limit_bytes or 0
-    full = state.kept
-    unit = first.seconds / max(limit, 1)
+    limit, unit = problem.limit_bytes or 0, first.seconds / max(problem.limit_bytes or 0, 1)
     prices: dict[int, float] = {}
-    choice = first.choice
+    choice: Choice = first.choice or ()
+    relaxed = Relaxed(problem, state.kept, moments)
     for round_ in range(rounds):
-        step = 2.0 / (1.0 + 0.5 * round_)
-        memory = profile(problem, choice)  # type: ignore[arg-type]
-        for m in prices:
-            prices[m] *= math.exp(step * float(np.clip(8.0 * (memory[m] - limit) / max(limit, 1), -1.0, 1.0)))
-        for m in crowded(memory, limit, set(prices), most=2):
-            prices[m] = unit if not prices else max(unit * 0.1, float(np.median(list(prices.values()))))
-        relaxed = Relaxed(problem, full, prices, limit=limit)
-        local = Local(problem, full, prices)
-        for _ in range(10):
+        _move_prices(prices, profile(problem, choice), limit, unit, 2.0 / (1.0 + 0.5 * round_))
+        relaxed.reprice(prices, limit)
+        local = Local(problem, relaxed.kept, prices, moments)
+        for _ in range(60 if round_ == 0 else 20):
+            relaxed.rebalance()
             before = relaxed.bound()
             choice, excess = relaxed.sweep()
         choice = local.descend(choice)
         for candidate in (choice, *((local.descend(state.best),) if state.best else ())):
             state.offer(problem, candidate)
-        if before > state.bound or state.excess is None:
-            state.bound = max(state.bound, before)
-            state.excess, state.kept = [e + (before - state.bound) for e in excess], full
+        if state.excess is None or before > state.bound or state.best is not None:
+            state.bound, state.excess = max(state.bound, before), [e + min(0.0, before - state.bound) for e in excess]
         if state.best is not None:
-            smaller = prune(full, excess, before, state.best_s)
-            if state.excess is not None:
-                state.excess = _filtered(state.excess, state.kept, smaller)
-            full = state.kept = smaller
+            _prune(state, relaxed, before)
         if time.monotonic() > deadline:
             break
     return tuple(sorted(prices))
 
 
-def least_peak(problem: Problem, kept: Kept, deadline: float) -> tuple[int, float, Choice | None]:
+def _move_prices(prices: dict[int, float], memory: np.ndarray, limit: int, unit: float, step: float) -> None:
+    """Dearer where the last plan had too much, cheaper where it had too little; moments that are newly crowded get a price."""
+    for m in prices:
+        prices[m] *= math.exp(step * float(np.clip(8.0 * (memory[m] - limit) / max(limit, 1), -1.0, 1.0)))
+    for m in crowded(memory, limit, set(prices), most=2):
+        prices[m] = unit if not prices else max(unit * 0.1, float(np.median(list(prices.values()))))
+
+
+def least_peak(problem: Problem, kept: Kept, moments: Moments, deadline: float) -> tuple[int, float, Choice | None]:
     """(smallest peak found, proven lower bound on the peak, the choice that has it)."""
     best, found, bound = math.inf, None, 0.0
     weights: dict[int, float] = {}
     choice: Choice = tuple(ks[0] for ks in kept)
-    tiny = 1e-9
+    relaxed = Relaxed(problem, kept, moments, weight=0.0)
     for _ in range(30):
         memory = profile(problem, choice)
         top = float(memory.max())
@@ -188,11 +210,11 @@ def least_peak(problem: Problem, kept: Kept, deadline: float) -> tuple[int, floa
             weights[m] = max(weights.values(), default=1.0)
         total = sum(weights.values())
         weights = {m: w / total for m, w in weights.items() if w > 1e-6 * total}
-        relaxed = Relaxed(problem, kept, weights, weight=0.0)
-        for _ in range(6):
+        relaxed.reprice(weights, 0.0)
+        for _ in range(8):
             bound = max(bound, relaxed.bound())
             choice, _ = relaxed.sweep()
-        choice = Local(problem, kept, weights, weight=tiny).descend(choice)
+        choice = Local(problem, kept, weights, moments, weight=1e-9).descend(choice)
         cost, peak, _ = evaluate(problem, choice)
         if peak < best and cost < math.inf:
             best, found = peak, choice
@@ -203,8 +225,9 @@ def least_peak(problem: Problem, kept: Kept, deadline: float) -> tuple[int, floa
     return (int(best) if best < math.inf else 0), bound, found
 
 
-def _peak_ilp(problem: Problem, kept: Kept, moments: list[int], known: tuple[float, float, Choice | None],
-              deadline: float) -> tuple[float, float, Choice | None]:
+def _peak_ilp(
+    problem: Problem, kept: Kept, moments: list[int], known: tuple[float, float, Choice | None], deadline: float
+) -> tuple[float, float, Choice | None]:
     """Minimise the peak exactly, moments added as they are violated."""
     best, bound, found = known
     unit = max(bound, 1.0)

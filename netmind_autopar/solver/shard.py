@@ -265,14 +265,24 @@ class Shard:
 
     def read(self, values: np.ndarray) -> Choice:
         """The strategy of every node in a solution."""
+
         def level(expr: Expr) -> float:
             return sum(a if var == ONE else a * values[var] for var, a in expr.items())
 
         return tuple(max(self.x[i], key=lambda k: level(self.x[i][k])) for i in range(len(self.problem.nodes)))
 
 
-def solve_ilp(problem: Problem, keep: Keep, *, time_limit: float, gap: float, moments: Sequence[int] = (), scale: float = 1.0,
-              incumbent: Choice | None = None, rounds: int = 40) -> Solution:
+def solve_ilp(
+    problem: Problem,
+    keep: Keep,
+    *,
+    time_limit: float,
+    gap: float,
+    moments: Sequence[int] = (),
+    scale: float = 1.0,
+    incumbent: Choice | None = None,
+    rounds: int = 40,
+) -> Solution:
     """Solve over the strategies in `keep`, adding memory rows until the exact evaluation agrees.
 
     scale: seconds that the objective is divided by, so that the solver's tolerances fit. incumbent: a feasible choice, returned if

@@ -30,10 +30,21 @@ from .shard import Solution
 Pin = str | Sequence[str] | Mapping[str, str]
 
 
-def solve(program: Program, rules: Mapping[str, Rule], mesh: Mesh, *, graph_hash: str, cluster: str = "custom",
-          memory_limit: int | None = None, optimizer: str = "adamw", pins: Mapping[str, Pin] | None = None,
-          inputs: Literal["global", "local"] = "global", random_costs: int | None = None, time_limit: float = 60.0,
-          gap: float = 1e-4) -> Plan:
+def solve(
+    program: Program,
+    rules: Mapping[str, Rule],
+    mesh: Mesh,
+    *,
+    graph_hash: str,
+    cluster: str = "custom",
+    memory_limit: int | None = None,
+    optimizer: str = "adamw",
+    pins: Mapping[str, Pin] | None = None,
+    inputs: Literal["global", "local"] = "global",
+    random_costs: int | None = None,
+    time_limit: float = 60.0,
+    gap: float = 1e-4,
+) -> Plan:
     """The cheapest plan that fits.
 
     memory_limit: bytes per device, the device's own memory when None. pins: parameter name -> placements: "S(0)" (on every axis),
@@ -54,12 +65,23 @@ def solve(program: Program, rules: Mapping[str, Rule], mesh: Mesh, *, graph_hash
     bound = max(0.0, min(found.bound, cost.step_s))
     choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
     plan = Plan(
-        graph_hash=graph_hash, cluster=cluster, memory_limit_bytes=limit, optimizer=optimizer, inputs=inputs, choices=choices, cost=cost,
+        graph_hash=graph_hash,
+        cluster=cluster,
+        memory_limit_bytes=limit,
+        optimizer=optimizer,
+        inputs=inputs,
+        choices=choices,
+        cost=cost,
         mesh=tuple(PlanAxis(name=a.name, size=a.size, bandwidth_bytes_s=a.bandwidth_bytes_s, latency_s=a.latency_s) for a in mesh.axes),
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
-        collectives=collectives_of(built, found.choice, conversions), replicated=replicated_of(built, found.choice),
-        bound_s=bound, gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
-        status="optimal" if found.status == milp.OPTIMAL else "feasible", solver=milp.solver_name(), random_costs=random_costs)
+        collectives=collectives_of(built, found.choice, conversions),
+        replicated=replicated_of(built, found.choice),
+        bound_s=bound,
+        gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
+        status="optimal" if found.status == milp.OPTIMAL else "feasible",
+        solver=milp.solver_name(),
+        random_costs=random_costs,
+    )
     return plan.timed(time.process_time() - start)
 
 
@@ -76,18 +98,25 @@ def _pinned(program: Program, built: Built, mesh: Mesh, pins: Mapping[str, Pin])
     by_name |= {alias: by_name[first] for alias, first in program.tied.items() if first in by_name}
     for name, pin in pins.items():
         if name not in by_name:
-            near = ", ".join(sorted(n for n in by_name if n.rpartition(".")[2] == name.rpartition(".")[2])[:3]) or ", ".join(sorted(by_name)[:3])
-            raise InputError(f"cannot pin {name!r}: the model has no such parameter", where="pins=", try_=f"a parameter's name, such as {near}")
+            near = ", ".join(sorted(n for n in by_name if n.rpartition(".")[2] == name.rpartition(".")[2])[:3]) or ", ".join(
+                sorted(by_name)[:3]
+            )
+            raise InputError(
+                f"cannot pin {name!r}: the model has no such parameter", where="pins=", try_=f"a parameter's name, such as {near}"
+            )
         want = _placements(name, pin, mesh)
         i = next(i for i, kind in enumerate(built.kinds) if by_name[name] in kind.members)
         kind = built.kinds[i]
         fits = tuple(k for k in allowed[i] if _matches(kind.gives[k][0], want, mesh))
         if not fits:
             others = ", ".join(built.nodes[m].name for m in kind.members[:3])
-            raise InputError(f"cannot pin {name!r} to {' '.join(str(p or 'free') for p in want)}", where="pins=",
-                             why=f"its shape {tuple(built.nodes[kind.members[0]].meta['val'].shape)} cannot be split so on the mesh {mesh}, "
-                                 f"or another pin of the same repeated block ({others}) says otherwise",
-                             try_="a dim that is at least as long as the axis is wide, and one pin per repeated block")
+            raise InputError(
+                f"cannot pin {name!r} to {' '.join(str(p or 'free') for p in want)}",
+                where="pins=",
+                why=f"its shape {tuple(built.nodes[kind.members[0]].meta['val'].shape)} cannot be split so on the mesh {mesh}, "
+                f"or another pin of the same repeated block ({others}) says otherwise",
+                try_="a dim that is at least as long as the axis is wide, and one pin per repeated block",
+            )
         allowed[i] = fits
     return tuple(allowed)
 
@@ -97,15 +126,23 @@ def _placements(name: str, pin: Pin, mesh: Mesh) -> list[Placement | None]:
     if isinstance(pin, Mapping):
         for axis in pin:
             if axis not in mesh.names:
-                raise InputError(f"the pin of {name!r} names the axis {axis!r}", where="pins=", why=f"the mesh is {mesh}",
-                                 try_=f"one of {', '.join(mesh.names)}")
+                raise InputError(
+                    f"the pin of {name!r} names the axis {axis!r}",
+                    where="pins=",
+                    why=f"the mesh is {mesh}",
+                    try_=f"one of {', '.join(mesh.names)}",
+                )
         words: list[str | None] = [pin.get(axis) for axis in mesh.names]
     else:
         given = pin.split() if isinstance(pin, str) else list(pin)
         words = [*(given * len(mesh.axes) if len(given) == 1 else given)]
     if len(words) != len(mesh.axes):
-        raise InputError(f"the pin of {name!r} has {len(words)} placements", where="pins=", why=f"the mesh {mesh} has {len(mesh.axes)} axes",
-                         try_="one placement per axis, such as " + repr(" ".join(["R"] * (len(mesh.axes) - 1) + ["S(0)"])))
+        raise InputError(
+            f"the pin of {name!r} has {len(words)} placements",
+            where="pins=",
+            why=f"the mesh {mesh} has {len(mesh.axes)} axes",
+            try_="one placement per axis, such as " + repr(" ".join(["R"] * (len(mesh.axes) - 1) + ["S(0)"])),
+        )
     try:
         return [None if word is None else parse_placement(word) for word in words]
     except ValueError as e:
@@ -122,8 +159,12 @@ def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> Infeasi
     if found.choice is None:
         if found.status == milp.UNKNOWN:
             return SolverError("no plan was found in time", why="the solver stopped at its time limit", try_="raise time_limit")
-        return InfeasibleError("no plan satisfies all constraints", where="pins=" if pinned else "",
-                               why="some op has no strategy that agrees with its neighbours", try_="drop a pin" if pinned else "report this model")
+        return InfeasibleError(
+            "no plan satisfies all constraints",
+            where="pins=" if pinned else "",
+            why="some op has no strategy that agrees with its neighbours",
+            try_="drop a pin" if pinned else "report this model",
+        )
     _, need, moment = evaluate(built.problem, found.choice)
     node = built.nodes.get(built.order[moment])
     tensors = ", ".join(f"{name} {_size(size)}" for name, size in largest(built.problem, found.choice, moment))
@@ -132,7 +173,8 @@ def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> Infeasi
         f"no plan fits into {limit} bytes ({_size(limit)}) per device: {need} bytes ({_size(need)}) are needed{proven}",
         where=(node.meta.get("where") or node.name) if node is not None else "",
         why=f"the largest tensors on one device there: {tensors}",
-        try_=f"a limit of {need} bytes or more, more devices, a smaller batch, or an optimizer with less state")
+        try_=f"a limit of {need} bytes or more, more devices, a smaller batch, or an optimizer with less state",
+    )
 
 
 def _size(n: int) -> str:
@@ -149,8 +191,12 @@ def choices_to_strategies(program: Program, rules: Mapping[str, Rule], plan: Pla
     """
     found = hash_of(program)
     if found != plan.graph_hash:
-        raise PlanError("the plan belongs to another model or to other input shapes", where=f"graph_hash {plan.graph_hash}",
-                        why=f"this model's graph has the hash {found}", try_="plan again for this model")
+        raise PlanError(
+            "the plan belongs to another model or to other input shapes",
+            where=f"graph_hash {plan.graph_hash}",
+            why=f"this model's graph has the hash {found}",
+            try_="plan again for this model",
+        )
     rules = {**end_rules(program, plan.inputs), **rules}
     names = classes(program, rules)
     names |= {f"output.{o.name}": f"output.{o.name}" for o in program.outputs if o.role == "output"}
@@ -163,8 +209,11 @@ def choices_to_strategies(program: Program, rules: Mapping[str, Rule], plan: Pla
             chosen[name] = _chosen(plan, name, rules[key])
         out[node] = chosen[name]
     if extra := sorted(plan.choices.keys() - chosen.keys()):
-        raise PlanError(f"the plan decides {extra[0]!r}, which this model does not have", where=f"choices: {extra[0]}",
-                        try_="undo the edit, or plan again")
+        raise PlanError(
+            f"the plan decides {extra[0]!r}, which this model does not have",
+            where=f"choices: {extra[0]}",
+            try_="undo the edit, or plan again",
+        )
     return out
 
 
@@ -177,8 +226,11 @@ def _chosen(plan: Plan, name: str, rule: Rule) -> Strategy:
         return possible[0]
     strategy = tuple(text.split())
     if not is_legal(rule, strategy, plan.sizes):
-        raise PlanError(f"{text!r} is no strategy of {name!r}", where=f"choices: {name}",
-                        why=f"its rule is {rule}; each of the {len(plan.sizes)} axes takes one of {' '.join(rule.symbols)}, "
-                            "and no device may be left without elements",
-                        try_="undo the edit, or plan again")
+        raise PlanError(
+            f"{text!r} is no strategy of {name!r}",
+            where=f"choices: {name}",
+            why=f"its rule is {rule}; each of the {len(plan.sizes)} axes takes one of {' '.join(rule.symbols)}, "
+            "and no device may be left without elements",
+            try_="undo the edit, or plan again",
+        )
     return strategy
