@@ -208,8 +208,13 @@ def test_bytes_are_those_that_travel() -> None:
 
 def test_impossible_conversions() -> None:
     conversions = Conversions(mesh_of((4,)))
-    for a, b in [("f32[8] R", "f64[8] R"), ("f32[8] R", "f32[9] R"), ("f32[8] R", "f32[8] P(max)"), ("f32[3] R", "f32[3] S(0)"),
-                 ("b8[8] R", "b8[8] P(sum)")]:
+    for a, b in [
+        ("f32[8] R", "f64[8] R"),
+        ("f32[8] R", "f32[9] R"),
+        ("f32[8] R", "f32[8] P(max)"),
+        ("f32[3] R", "f32[3] S(0)"),
+        ("b8[8] R", "b8[8] P(sum)"),
+    ]:
         assert conversions.seconds(parse_spec(a), parse_spec(b)) == math.inf
         with pytest.raises(ValueError, match="no chain of moves"):
             conversions.path(parse_spec(a), parse_spec(b))
@@ -284,6 +289,21 @@ def test_collective_seconds() -> None:
     assert collective_seconds("all_gather", axis, 1e9) == pytest.approx(7e-6 + 1e-2)
     assert collective_seconds("all_reduce", axis, 1e9) == pytest.approx(14e-6 + 1e-2)
     assert collective_seconds("all_reduce", Axis("tp", 1, 1e11, 1e-6), 1e9) == 0.0
+
+
+# (devices, bytes, seconds): all-reduce measured on A100 (NVLink), from the tables published with vTrain (MIT licence)
+MEASURED = [
+    (2, 1048576, 4.421e-05), (2, 8388608, 8.69e-05), (2, 67108864, 0.0004047), (2, 536870912, 0.002838), (2, 1073741824, 0.005443),
+    (4, 1048576, 5.14e-05), (4, 8388608, 0.0001168), (4, 67108864, 0.0005438), (4, 536870912, 0.00372), (4, 1073741824, 0.007259),
+    (8, 1048576, 9.279e-05), (8, 8388608, 0.0001343), (8, 67108864, 0.0005799), (8, 536870912, 0.004191), (8, 1073741824, 0.008193),
+]
+
+
+@pytest.mark.parametrize(("n", "size", "measured_s"), MEASURED)
+def test_all_reduce_against_measurements(n: int, size: int, measured_s: float) -> None:
+    conversions = Conversions(make_mesh(f"tp={n}", "a100-80"))
+    predicted_s = conversions.seconds(parse_spec(f"f32[{size // 4}] P(sum)"), parse_spec(f"f32[{size // 4}] R"))
+    assert 0.75 < predicted_s / measured_s < 1.33
 
 
 SCRIPT = """

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from netmind_autopar.costs import device as device_module
 from netmind_autopar.costs.device import cluster_profile, default_cluster, load_profile, make_mesh
 from netmind_autopar.costs.memory import CATEGORIES, OPTIMIZER_STATES, optimizer_states, peak, three_largest, usage
-from netmind_autopar.costs.presets import CLUSTERS, DEVICES, match_name
+from netmind_autopar.costs.presets import CLUSTERS, DEVICES, LINK_EFFICIENCY, match_name
 from netmind_autopar.ir.errors import InputError, MeshError, ProfileError
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cluster.toml"
@@ -38,8 +38,8 @@ def test_presets_are_usable(name: str) -> None:
 
 def test_the_fast_link_is_inside_the_node() -> None:
     inner, outer = make_mesh("tp=8", "h100-sxm").axes[0], make_mesh("dp=2,tp=8", "h100-sxm").axes[0]
-    assert inner.bandwidth_bytes_s == pytest.approx(0.8 * 450e9)
-    assert outer.bandwidth_bytes_s == pytest.approx(0.8 * 50e9)
+    assert inner.bandwidth_bytes_s == pytest.approx(LINK_EFFICIENCY * 450e9)
+    assert outer.bandwidth_bytes_s == pytest.approx(LINK_EFFICIENCY * 50e9)
 
     def inside(text: str) -> list[bool]:
         return [a.bandwidth_bytes_s == inner.bandwidth_bytes_s for a in make_mesh(text, "h100-sxm").axes]
@@ -95,12 +95,23 @@ def test_the_present_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         default_cluster()
 
 
-@pytest.mark.parametrize(("name", "cluster"), [
-    ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100 80GB PCIe", "a100-pcie"),
-    ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"), ("Tesla V100-SXM2-16GB", "v100"),
-    ("NVIDIA L4", "l4"),
-    ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("AMD Instinct MI300X", "mi300x"), ("NVIDIA GB200", "b200"),
-])
+@pytest.mark.parametrize(
+    ("name", "cluster"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA GB200", "b200"),
+    ],
+)
 def test_names_of_devices(name: str, cluster: str | None) -> None:
     assert match_name(name) == cluster
 
@@ -164,8 +175,11 @@ def test_bad_files(text: str, tmp_path: Path) -> None:
 
 def test_toml_nan_and_unknown_fields(tmp_path: Path) -> None:
     text = EXAMPLE.read_text()
-    for changed, named in [(text.replace("latency_s = 2e-6", "latency_s = nan"), "links.intra.latency_s"),
-                           (text.replace("node_size", "nodesize"), "node"), (text + "\nmore = 1\n", "links.inter.more")]:
+    for changed, named in [
+        (text.replace("latency_s = 2e-6", "latency_s = nan"), "links.intra.latency_s"),
+        (text.replace("node_size", "nodesize"), "node"),
+        (text + "\nmore = 1\n", "links.inter.more"),
+    ]:
         assert changed != text
         file = tmp_path / "c.toml"
         file.write_text(changed)
@@ -199,17 +213,32 @@ def test_peak_is_what_counting_finds(intervals: list[tuple[int, int, int, str]],
 
 
 def test_three_largest() -> None:
-    intervals = [(0, 9, 5, "parameters"), (2, 3, 7, "activations"), (3, 3, 7, "activations"), (4, 5, 100, "transients"),
-                 (0, 9, 1, "inputs")]
+    intervals = [
+        (0, 9, 5, "parameters"),
+        (2, 3, 7, "activations"),
+        (3, 3, 7, "activations"),
+        (4, 5, 100, "transients"),
+        (0, 9, 1, "inputs"),
+    ]
     names = ["w", "h", "h", "later", "x"]
     assert three_largest(intervals, names, 3) == [("h", 14), ("w", 5), ("x", 1)]
 
 
 def test_optimizers_keep_as_much_as_is_said() -> None:
-    made = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "adamax": torch.optim.Adamax,
-            "nadam": torch.optim.NAdam, "radam": torch.optim.RAdam, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop,
-            "adadelta": torch.optim.Adadelta, "rprop": torch.optim.Rprop,
-            "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "adam-amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True)}
+    made = {
+        "adamw": torch.optim.AdamW,
+        "adam": torch.optim.Adam,
+        "sgd": torch.optim.SGD,
+        "adamax": torch.optim.Adamax,
+        "nadam": torch.optim.NAdam,
+        "radam": torch.optim.RAdam,
+        "adagrad": torch.optim.Adagrad,
+        "rmsprop": torch.optim.RMSprop,
+        "adadelta": torch.optim.Adadelta,
+        "rprop": torch.optim.Rprop,
+        "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "adam-amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True),
+    }
     for name, make in made.items():
         weight = torch.nn.Parameter(torch.ones(8, 8))
         optimizer = make([weight])

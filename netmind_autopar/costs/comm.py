@@ -13,7 +13,7 @@ a shortest path: greedy choices miss the cheapest chain often, and S,S → R,S i
     recast          none         0: the dims are seen as other parts
 
 Seconds are α–β: messages · latency + bytes / bandwidth, ring and pairwise algorithms (Thakur, Rabenseifner, Gropp: Optimization of
-Collective Communication Operations in MPICH, 2005), plus one launch and the local copies that packing and unpacking cost.
+Collective Communication Operations in MPICH, 2005), plus the start of a collective and the local copies around it.
 Uneven pieces travel padded to the largest in all-gather and reduce-scatter, as they are in all-to-all. Numbers are those of the
 first device of the mesh, which holds the largest pieces.
 
@@ -46,6 +46,8 @@ MOVES = {
     (Replicate, Partial): "mask",
 }
 BUCKET_BYTES = 25 << 20  # reductions of gradients travel together in buckets of this size (the default of PyTorch's DDP)
+# Starting a collective costs as much as this many kernels: 40 µs before the first message in vTrain's tables of A100s (see presets.py).
+START_LAUNCHES = 10
 LEAST_S = 1e-9  # no move is free, so that of two chains with equal seconds the shorter one is taken
 RANDOM_LEAST_S, RANDOM_RANGE = 1e-6, 1e3  # random prices are drawn log-uniformly from 1 µs to 1 ms
 
@@ -138,8 +140,9 @@ class _Space:
         if kind not in MESSAGES:
             return kind, sent, max(local, LEAST_S), max(local, LEAST_S)
         share = min(1.0, max(before, after) / BUCKET_BYTES)
-        whole = local + device.launch_s + collective_seconds(kind, link, sent)
-        bucketed = local + share * device.launch_s + collective_seconds(kind, link, sent, latency_share=share)
+        start = START_LAUNCHES * device.launch_s
+        whole = local + start + collective_seconds(kind, link, sent)
+        bucketed = local + share * start + collective_seconds(kind, link, sent, latency_share=share)
         return kind, sent, max(whole, LEAST_S), max(bucketed, LEAST_S)
 
     def _copies(self, kind: str, i: int, j: int, axis: int, before: int, after: int) -> tuple[int, int]:

@@ -69,12 +69,12 @@ CLASSES = {
     "attention": "attention attention_backward",
     "transcendental": "gelu gelu_backward exp tanh sigmoid silu silu_backward log erf sin cos pow _softmax _log_softmax softplus mish",
     "reduction": "sum mean amax amin max min var var_mean native_layer_norm native_layer_norm_backward native_group_norm "
-                 "native_group_norm_backward native_batch_norm native_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward "
-                 "_softmax_backward_data _log_softmax_backward_data cumsum cumprod logsumexp argmax argmin any all topk sort "
-                 "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d linalg_vector_norm prod",
+    "native_group_norm_backward native_batch_norm native_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward "
+    "_softmax_backward_data _log_softmax_backward_data cumsum cumprod logsumexp argmax argmin any all topk sort "
+    "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d linalg_vector_norm prod",
     "scattered": "embedding embedding_backward embedding_dense_backward index index_select index_put gather scatter scatter_add index_add "
-                 "nll_loss nll_loss_backward nll_loss_forward max_pool2d_with_indices_backward select_backward slice_backward "
-                 "slice_scatter select_scatter upsample_nearest2d _embedding_bag",
+    "nll_loss nll_loss_backward nll_loss_forward max_pool2d_with_indices_backward select_backward slice_backward "
+    "slice_scatter select_scatter upsample_nearest2d _embedding_bag",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 
@@ -85,8 +85,10 @@ _FREE = (
 )
 FREE = frozenset(_FREE.split())
 # Made from nothing: only written, and free when it is next to nothing.
-_CREATION = ("full zeros ones empty arange scalar_tensor full_like zeros_like ones_like empty_like new_full new_zeros new_ones "
-             "new_empty eye linspace rand randn tril_indices")
+_CREATION = (
+    "full zeros ones empty arange scalar_tensor full_like zeros_like ones_like empty_like new_full new_zeros new_ones "
+    "new_empty eye linspace rand randn tril_indices"
+)
 CREATION = frozenset(_CREATION.split())
 TINY_BYTES = 4096
 # Position of the operand of which only as much is read as comes out.
@@ -172,10 +174,19 @@ def _attention(first: int, factor: float) -> Callable[[fx.Node], float]:
 
 
 _FLOPS: dict[str, Callable[[fx.Node], float]] = {
-    "mm": _matmul(0), "bmm": _matmul(0), "mv": _matmul(0), "dot": _matmul(0), "_grouped_mm": _matmul(0),
-    "addmm": _matmul(1), "baddbmm": _matmul(1), "addmv": _matmul(1), "linear": _linear,
-    "convolution": _convolution_forward, "convolution_backward": _convolution_backward,
-    "attention": _attention(0, 1.0), "attention_backward": _attention(1, ATTENTION_BACKWARD),
+    "mm": _matmul(0),
+    "bmm": _matmul(0),
+    "mv": _matmul(0),
+    "dot": _matmul(0),
+    "_grouped_mm": _matmul(0),
+    "addmm": _matmul(1),
+    "baddbmm": _matmul(1),
+    "addmv": _matmul(1),
+    "linear": _linear,
+    "convolution": _convolution_forward,
+    "convolution_backward": _convolution_backward,
+    "attention": _attention(0, 1.0),
+    "attention_backward": _attention(1, ATTENTION_BACKWARD),
 }
 
 
@@ -244,8 +255,11 @@ def op_cost(node: fx.Node, rule: Rule) -> OpCost:
         return OpCost("", 0.0, "float32", {}, ())
     made, taken = values(node), [values(p)[i] for p, i in map(source, tensor_args(node))]
     gathered = GATHERED.get(name, -1)
-    operands = [(_letters(t), v.dtype.itemsize, 2 if i == gathered else 0)
-                for i, (t, v) in enumerate(zip(rule.inputs, taken, strict=True)) if v is not None]
+    operands = [
+        (_letters(t), v.dtype.itemsize, 2 if i == gathered else 0)
+        for i, (t, v) in enumerate(zip(rule.inputs, taken, strict=True))
+        if v is not None
+    ]
     operands += [(_letters(t), v.dtype.itemsize, 1) for t, v in zip(rule.outputs, made, strict=True) if t is not None and v is not None]
     kind = CLASS_OF.get(name, "elementwise")
     creates = name in CREATION
@@ -253,8 +267,9 @@ def op_cost(node: fx.Node, rule: Rule) -> OpCost:
         operands = [o for o in operands if o[2] == 1]
     # the dtype of the first floating operand: a matmul's inputs, an attention's query
     dtype = next((v.dtype for v in (*taken, *made) if v is not None and v.dtype.is_floating_point), torch.float32)
-    return OpCost(kind, flops(node), str(dtype).removeprefix("torch."), dict(rule.sizes), tuple(operands),
-                  _matmul_letters(name, rule), creates)
+    return OpCost(
+        kind, flops(node), str(dtype).removeprefix("torch."), dict(rule.sizes), tuple(operands), _matmul_letters(name, rule), creates
+    )
 
 
 def _letters(term: Term) -> tuple[str, ...]:

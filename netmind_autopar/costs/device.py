@@ -99,8 +99,12 @@ def load_profile(path: str | Path) -> ClusterProfile:
     except OSError as e:
         raise ProfileError("cannot read the cluster profile", where=str(file), why=str(e), try_=_presets()) from None
     except (ValueError, RecursionError) as e:
-        raise ProfileError(f"the cluster profile is not readable {file.suffix[1:].upper()}", where=str(file), why=str(e)[:200],
-                           try_="start from examples/cluster.toml") from None
+        raise ProfileError(
+            f"the cluster profile is not readable {file.suffix[1:].upper()}",
+            where=str(file),
+            why=str(e)[:200],
+            try_="start from examples/cluster.toml",
+        ) from None
     if isinstance(data, dict) and isinstance(data.get("device"), str):
         data["device"] = _device_preset(data["device"], str(file))
     try:
@@ -108,8 +112,12 @@ def load_profile(path: str | Path) -> ClusterProfile:
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(str(p) for p in first["loc"])
-        raise ProfileError("the cluster profile holds no usable value", where=f"{file}: {field}".removesuffix(": "), why=first["msg"],
-                           try_="see examples/cluster.toml for every field and its unit") from None
+        raise ProfileError(
+            "the cluster profile holds no usable value",
+            where=f"{file}: {field}".removesuffix(": "),
+            why=first["msg"],
+            try_="see examples/cluster.toml for every field and its unit",
+        ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,8 +136,10 @@ def _device_preset(name: str, where: str) -> dict[str, Any]:
 
 def _preset(cluster: str) -> ClusterProfile:
     row = CLUSTERS[cluster]
-    links = {which: {"bandwidth_bytes_s": link.vendor_bytes_s * link.efficiency, "latency_s": link.latency_s}
-             for which, link in (("intra", row.intra), ("inter", row.inter))}
+    links = {
+        which: {"bandwidth_bytes_s": link.vendor_bytes_s * link.efficiency, "latency_s": link.latency_s}
+        for which, link in (("intra", row.intra), ("inter", row.inter))
+    }
     device = _device_preset(row.device, cluster)
     return ClusterProfile.model_validate({"name": cluster, "node_size": row.node_size, "device": device, "links": links})
 
@@ -157,8 +167,12 @@ def default_cluster() -> str:
     name = torch.cuda.get_device_name()
     if found := match_name(name):
         return found
-    raise MeshError(f"no numbers are known for the device {name!r}", where="cluster=", why="without them no plan can be priced",
-                    try_=f"pass cluster={_presets()}")
+    raise MeshError(
+        f"no numbers are known for the device {name!r}",
+        where="cluster=",
+        why="without them no plan can be priced",
+        try_=f"pass cluster={_presets()}",
+    )
 
 
 def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
@@ -192,8 +206,14 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
 
 
 def _device(profile: DeviceProfile, memory_bytes: int) -> Device:
-    return Device(profile.name, tuple(profile.peak_flops.items()), memory_bytes, profile.memory_bandwidth_bytes_s,
-                  profile.host_bandwidth_bytes_s, profile.launch_s)
+    return Device(
+        profile.name,
+        tuple(profile.peak_flops.items()),
+        memory_bytes,
+        profile.memory_bandwidth_bytes_s,
+        profile.host_bandwidth_bytes_s,
+        profile.launch_s,
+    )
 
 
 def _ranks(mesh: Any) -> tuple[tuple[str, ...], np.ndarray]:
@@ -207,8 +227,7 @@ def _ranks(mesh: Any) -> tuple[tuple[str, ...], np.ndarray]:
         ranks = mesh.mesh.cpu().numpy()
         names = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(ranks.ndim))
         return tuple(names), ranks
-    raise MeshError(f"not a mesh: {type(mesh).__name__}", why="a mesh is a DeviceMesh, a text, or a number of devices",
-                    try_='"dp=2,tp=4"')
+    raise MeshError(f"not a mesh: {type(mesh).__name__}", why="a mesh is a DeviceMesh, a text, or a number of devices", try_='"dp=2,tp=4"')
 
 
 def _consecutive(sizes: tuple[int, ...]) -> np.ndarray:

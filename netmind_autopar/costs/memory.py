@@ -17,8 +17,22 @@ CATEGORIES = tuple(Memory.model_fields)
 
 # Tensors of a parameter's size and dtype that a torch.optim optimizer keeps, with its default arguments unless the name says more.
 OPTIMIZER_STATES = {
-    "adamw": 2, "adam": 2, "adam-amsgrad": 3, "adamax": 2, "nadam": 2, "radam": 2, "lion": 1, "adagrad": 1, "rmsprop": 1,
-    "sgd": 0, "sgd-momentum": 1, "momentum": 1, "adadelta": 2, "rprop": 2, "muon": 1, "none": 0,
+    "adamw": 2,
+    "adam": 2,
+    "adam-amsgrad": 3,
+    "adamax": 2,
+    "nadam": 2,
+    "radam": 2,
+    "lion": 1,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "sgd": 0,
+    "sgd-momentum": 1,
+    "momentum": 1,
+    "adadelta": 2,
+    "rprop": 2,
+    "muon": 1,
+    "none": 0,
 }
 
 Interval = tuple[int, int, int, str]
@@ -27,8 +41,12 @@ Interval = tuple[int, int, int, str]
 def optimizer_states(name: str) -> int:
     """State tensors per parameter of the optimizer `name`. Raises InputError for an unknown one."""
     if name not in OPTIMIZER_STATES:
-        raise InputError(f"unknown optimizer {name!r}", where="optimizer=", why="the memory of its state must be known",
-                         try_=f"one of {', '.join(OPTIMIZER_STATES)}: take one that keeps as many tensors per parameter")
+        raise InputError(
+            f"unknown optimizer {name!r}",
+            where="optimizer=",
+            why="the memory of its state must be known",
+            try_=f"one of {', '.join(OPTIMIZER_STATES)}: take one that keeps as many tensors per parameter",
+        )
     return OPTIMIZER_STATES[name]
 
 
