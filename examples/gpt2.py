@@ -1,7 +1,10 @@
 """GPT-2 from Hugging Face, unmodified. `examples/gpt2.py` is the 124M model, `:xl` the 1.5B one, `:tiny` runs anywhere."""
 
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
+
+transformers.logging.set_verbosity_error()  # it warns of ids of special tokens, which play no part here
 
 
 def _inputs(batch: int, seq: int, vocab: int) -> dict[str, torch.Tensor]:

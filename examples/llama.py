@@ -1,7 +1,10 @@
 """Llama from Hugging Face, unmodified. `examples/llama.py` has the shape of Llama-3.2-1B, `:large` of Llama-3-8B, `:tiny` runs anywhere."""
 
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+transformers.logging.set_verbosity_error()  # it warns of ids of special tokens, which play no part here
 
 
 def _inputs(batch: int, seq: int, vocab: int) -> dict[str, torch.Tensor]:

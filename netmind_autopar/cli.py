@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -155,16 +156,23 @@ def _pins(texts: Sequence[str]) -> dict[str, str] | None:
 
 def run_plan(args: argparse.Namespace) -> int:
     from . import api
+    from .costs.device import default_cluster, make_mesh
+    from .rules.bind import bind_program
+    from .solver.explain import class_rows
+    from .tracer.capture import capture
 
     pins = _pins(args.pin)
     with _progress() as progress:
         progress("building the model")
         loaded = _load(args, meta=True)
-        result = api.plan(
-            loaded.model,
-            loaded.inputs,
-            args.mesh,
-            cluster=args.cluster,
+        start = time.process_time()
+        mesh = make_mesh(args.mesh, args.cluster or default_cluster())
+        progress("capturing the model")
+        program = capture(loaded.model, loaded.inputs)
+        found = api._solve(  # as api.plan does, but the program is still needed for the report
+            program,
+            mesh,
+            progress,
             memory=args.memory,
             optimizer=args.optimizer,
             pins=pins,
@@ -172,24 +180,44 @@ def run_plan(args: argparse.Namespace) -> int:
             time_limit=args.time_limit,
             gap=args.gap,
             strict=args.strict,
-            progress=progress,
-        )
+            inputs="global",
+        ).timed(time.process_time() - start)
+        rows = class_rows(program, bind_program(program), found)
     if args.json:
-        result.save(args.json)
-    _show_plan(result, loaded, args.all)
+        found.save(args.json)
+    _show(report.plan_report(found, loaded.title, report.parameter_rows(found, loaded.model.named_parameters()), rows, show_all=args.all))
     return OK
 
 
 def run_explain(args: argparse.Namespace) -> int:
+    from .rules.bind import bind_program
+    from .solver.explain import class_rows, conversion_rows
+    from .tracer.capture import capture
+
     plan = Plan.load(args.plan)
-    loaded = _load(args, meta=True) if args.file or args.hf else None
-    _show_plan(plan, loaded, args.all or loaded is None)
+    if not (args.file or args.hf):
+        _show(report.plan_report(plan, show_all=True))
+        return OK
+    with _progress() as progress:
+        progress("building the model")
+        loaded = _load(args, meta=True)
+        progress("capturing the model")
+        program = capture(loaded.model, loaded.inputs)
+        rules = bind_program(program)
+        sent, rows = conversion_rows(program, rules, plan), class_rows(program, rules, plan)
+    _show(
+        report.plan_report(plan, loaded.title, report.parameter_rows(plan, loaded.model.named_parameters()), rows, sent, show_all=args.all)
+    )
     return OK
 
 
-def _show_plan(plan: Plan, loaded: modelfile.Loaded | None, show_all: bool) -> None:
-    rows = report.parameter_rows(plan, loaded.model.named_parameters()) if loaded else []
-    report.console().print(report.plan_report(plan, loaded.title if loaded else "", rows, show_all=show_all))
+def _show(shown: Any) -> None:
+    """Print a report; without the blanks that fill its lines when it goes to a file or a pipe."""
+    out = report.console()
+    if out.is_terminal:
+        out.print(shown)
+    else:
+        sys.stdout.write(report.render(shown, out.width))
 
 
 def run_diff(args: argparse.Namespace) -> int:
@@ -197,29 +225,45 @@ def run_diff(args: argparse.Namespace) -> int:
     difference = report.diff_report(
         a, b, (Path(args.a).name, Path(args.b).name) if Path(args.a).name != Path(args.b).name else (args.a, args.b)
     )
-    report.console().print(difference or "The plans are the same.")
+    _show(difference or "The plans are the same.")
     return DIFFERS if difference else OK
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from .verify import verify
+    import torch
+
+    from .verification import verify
 
     plan = Plan.load(args.plan)
     with _progress() as progress:
         progress("building the model")
         loaded = _load(args, meta=False)
         if args.dtype:
-            loaded = modelfile.cast(loaded, args.dtype)
+            loaded, plan = _in_dtype(loaded, plan, args.dtype)
         progress(f"running {' × '.join(map(str, plan.sizes))} ranks in lockstep")
-        result = verify(loaded.model, loaded.inputs, plan, steps=args.steps)
-    report.console().print(report.verify_report(result))
+        trainer = (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)) if args.steps > 1 else None
+        result = verify(loaded.model, loaded.inputs, plan, steps=args.steps, optimizer=trainer)
+    _show(report.verify_report(result))
     return OK if result.ok else DIFFERS
+
+
+def _in_dtype(loaded: modelfile.Loaded, plan: Plan, dtype: str) -> tuple[modelfile.Loaded, Plan]:
+    """Model and plan in another dtype. The plan must fit the model as it is; its choices are then those of the other graph too."""
+    from .rules.bind import bind_program
+    from .solver.solve import choices_to_strategies
+    from .tracer.capture import capture
+    from .tracer.hash import graph_hash
+
+    program = capture(loaded.model, loaded.inputs)
+    choices_to_strategies(program, bind_program(program), plan)
+    other = modelfile.cast(loaded, dtype)
+    return other, plan.model_copy(update={"graph_hash": graph_hash(capture(other.model, other.inputs))})
 
 
 def run_mesh(args: argparse.Namespace) -> int:
     from .costs.device import make_mesh
 
-    report.console().print(report.mesh_report(make_mesh(args.mesh, args.cluster)))
+    _show(report.mesh_report(make_mesh(args.mesh, args.cluster)))
     return OK
 
 
@@ -227,7 +271,7 @@ def run_clusters(args: argparse.Namespace) -> int:
     from .costs.device import cluster_profile
     from .costs.presets import CLUSTERS
 
-    report.console().print(report.clusters_report([cluster_profile(name) for name in CLUSTERS]))
+    _show(report.clusters_report([cluster_profile(name) for name in CLUSTERS]))
     return OK
 
 

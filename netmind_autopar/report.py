@@ -18,10 +18,12 @@ from rich.text import Text
 from .costs.device import ClusterProfile
 from .ir.mesh import Mesh
 from .ir.plan import Cost, Plan
-from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
+from .ir.spec import Partial, Placement, Replicate, Shard, local_bytes, local_shape, plain
+from .solver.explain import ClassRow, ConversionRow
 
 BAR = 24  # columns of a full bar
 DIMS = ("rows", "columns")
+HEAVY = ("mm", "addmm", "bmm", "convolution", "attention", "embedding", "_softmax", "_log_softmax", "nll_loss")
 PARTS = (("compute", "compute_s"), ("communication", "communication_s"), ("recomputation", "recompute_s"), ("transfers", "transfer_s"))
 
 
@@ -58,14 +60,16 @@ def _digits(value: float) -> str:
 
 
 def words(placements: Sequence[Placement], rank: int, axes: Sequence[str]) -> str:
-    """Placements in words: `rows over tp`, `rows over dp × tp`, `dim 2 over tp`, `whole`."""
+    """Placements in words: `rows over tp`, `rows over dp × tp`, `dim 2 over tp`, `terms over tp`, `whole`."""
     split: dict[int, list[str]] = {}
+    terms: dict[str, list[str]] = {}
     for axis, placement in zip(axes, placements, strict=True):
         if isinstance(placement, Shard):
             split.setdefault(placement.dim, []).append(axis)
-    if not split:
-        return "whole"
-    return ", ".join(f"{_dim_word(dim, rank)} over {' × '.join(names)}" for dim, names in sorted(split.items()))
+        elif isinstance(placement, Partial):
+            terms.setdefault("terms" if placement.op == "sum" else placement.op, []).append(axis)
+    parts = [(_dim_word(dim, rank), names) for dim, names in sorted(split.items())] + sorted(terms.items())
+    return ", ".join(f"{what} over {' × '.join(names)}" for what, names in parts) or "whole"
 
 
 def _dim_word(dim: int, rank: int) -> str:
@@ -77,12 +81,12 @@ def _dim_word(dim: int, rank: int) -> str:
 def placements_of(plan: Plan, name: str, rank: int, variant: int = 0) -> tuple[Placement, ...]:
     """How a plan stores a parameter: its class is the choice of that name, `*` standing for the numbers of repeated blocks.
 
-    variant: parameters of one class name whose shapes differ are classes of their own, numbered in the model's order.
+    variant: parameters of repeated blocks whose shapes differ are classes of their own, numbered in the model's order.
     """
-    suffix = f"~{variant}" if variant else ""
-    choice = plan.choices.get(name + suffix, "")
+    choice = plan.choices.get(name, "")
+    wanted = name + (f"~{variant}" if variant else "")
     for key, found in plan.choices.items() if not choice else ():
-        if "*" in key and re.fullmatch(re.escape(key).replace(r"\*", r"\d+"), name + suffix):
+        if "*" in key and re.fullmatch(re.escape(key).replace(r"\*", r"\d+"), wanted):
             choice = found
             break
     symbols = choice.split() or ["-"] * len(plan.mesh)
@@ -111,12 +115,24 @@ def parameter_rows(plan: Plan, parameters: Iterable[tuple[str, torch.Tensor]]) -
     return out
 
 
-def plan_report(plan: Plan, title: str = "", rows: Sequence[ParameterRow] = (), *, show_all: bool = False) -> Group:
+def plan_report(
+    plan: Plan,
+    title: str = "",
+    parameters: Sequence[ParameterRow] = (),
+    work: Sequence[ClassRow] = (),
+    sent: Sequence[ConversionRow] = (),
+    *,
+    show_all: bool = False,
+) -> Group:
     """The whole report. `show_all` adds every choice that the plan file holds and long tables in full."""
     parts: list[RenderableType] = [_header(plan, title), Text(), _time(plan.cost), Text(), _memory(plan)]
-    if rows:
-        parts += [Text(), _parameters(plan, rows, show_all)]
+    if parameters:
+        parts += [Text(), _parameters(plan, parameters, show_all)]
+    if work:
+        parts += [Text(), _work(plan, work, show_all)]
     parts += [Text(), _collectives(plan)]
+    if sent:
+        parts += [Text(), _conversions(sent, show_all)]
     if plan.replicated:
         parts += [Text(), _replicated(plan, show_all)]
     if show_all:
@@ -128,7 +144,7 @@ def _table(*columns: str, right: str = "") -> Table:
     """A plain table; columns named in `right` (separated by commas) hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for name in columns:
-        number = name in right.split(",")
+        number = bool(name) and name in right.split(",")
         table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
 
@@ -152,18 +168,20 @@ def _header(plan: Plan, title: str) -> RenderableType:
     grid.add_row("step", Text(seconds(plan.cost.step_s), style="bold") + Text(" predicted"))
     limit = f" of {size(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ", no limit"
     grid.add_row("memory", Text(size(plan.cost.peak_bytes), style="bold") + Text(f" predicted peak per device{limit}"))
-    grid.add_row("solver", _proof(plan))
+    for name, text in _proof(plan):
+        grid.add_row(name, text)
     if plan.random_costs is not None:
         grid.add_row("costs", Text(f"random, seed {plan.random_costs}: the seconds mean nothing", style="yellow"))
     return grid
 
 
-def _proof(plan: Plan) -> str:
+def _proof(plan: Plan) -> list[tuple[str, str]]:
     if plan.status == "given":
-        return "none: this plan was given, nothing is proven about it"
-    state = "optimal" if plan.status == "optimal" else "best found"
-    spent = f", {seconds(plan.solve_s)}" if plan.solve_s else ""
-    return f"{state}: no plan takes less than {seconds(plan.bound_s)}, gap {plan.gap:.2%} ({plan.solver or 'no ILP needed'}{spent})"
+        return [("bound", "none: this plan was given, nothing is proven about it")]
+    state = "optimal" if plan.status == "optimal" else "best found in the time allowed"
+    rows = [("bound", f"no plan takes less than {seconds(plan.bound_s)}; gap {plan.gap:.2%}, {state}")]
+    spent = f", {seconds(plan.solve_s)} of CPU with the capture" if plan.solve_s else ""
+    return [*rows, ("solver", f"{plan.solver or 'no integer program was needed'}{spent}")]
 
 
 def _bar(share: float) -> Text:
@@ -194,27 +212,63 @@ def _memory(plan: Plan) -> Group:
 def _parameters(plan: Plan, rows: Sequence[ParameterRow], show_all: bool) -> Group:
     table = _table("", "shape", "stored", "on a device", "bytes", right="bytes")
     shown = rows if show_all else rows[:40]
-    table.columns[0].min_width = min(34, max(2 * ("*" in r.name) + len(r.name.rpartition("*.")[2]) for r in shown))
-    block = ""
+    group = _Blocks(table)
     for r in shown:
-        prefix, star, rest = r.name.partition("*.")
-        if star and (block != prefix or r is shown[0]):
-            table.add_row(Text(f"{prefix}*", style="bold"), Text(f"{r.count} times", style="dim"), "", "", "")
-        block = prefix if star else ""
+        label = group.label(r.name, r.count)
         spec = plain(r.shape, r.dtype, r.placements)
         stored = words(r.placements, len(r.shape), plan.axis_names)
-        table.add_row(
-            "  " + rest if star else r.name,
-            _shape(r.shape),
-            Text(stored, style="" if stored != "whole" else "dim"),
-            _shape(local_shape(spec, plan.sizes)),
-            size(r.device_bytes),
-        )
+        local = local_shape(spec, plan.sizes)
+        table.add_row(label, _shape(r.shape), Text(stored, style="" if stored != "whole" else "dim"), _shape(local), size(r.device_bytes))
     return _section("Parameters (bytes of all repetitions together, on one device)", table, len(rows) - len(shown))
+
+
+class _Blocks:
+    """Labels of rows; those of a repeated block are indented under a line that says how often it repeats."""
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.block = table, ""
+
+    def label(self, name: str, count: int) -> str:
+        prefix, star, rest = name.partition("*.")
+        if star and prefix != self.block:
+            self.table.add_row(Text(f"{prefix}*", style="bold"), Text(f"{count} times", style="dim"))
+        self.block = prefix if star else ""
+        label = "  " + rest if star else name
+        first = self.table.columns[0]
+        first.min_width = max(first.min_width or 0, min(34, len(label)))
+        return label
 
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
+
+
+def _work(plan: Plan, rows: Sequence[ClassRow], show_all: bool) -> Group:
+    """What the operations make, and how that lies on the devices; only the main ones of forward unless `show_all`."""
+    table = _table("", "result", "laid out")
+    group = _Blocks(table)
+    for r in rows:
+        kind = re.sub(r"(\.\d+)?(~\d+)?$", "", r.name).rpartition(".")[2]
+        if r.role != "op" or not (show_all or kind in HEAVY):
+            continue
+        label = group.label(r.name, r.count)
+        for i, spec in enumerate(r.gives):
+            if spec is not None and (show_all or i == 0):
+                layout = words(spec.placements, len(spec.shape), plan.axis_names)
+                table.add_row("" if i else label, _shape(spec.shape), Text(layout, style="" if layout != "whole" else "dim"))
+    return _section("Every operation" if show_all else "Main operations of forward", table)
+
+
+def _conversions(rows: Sequence[ConversionRow], show_all: bool) -> Group:
+    table = _table("result of, for", "by", "times", "bytes", "time", right="times,bytes,time")
+    table.columns[0].min_width = 24
+    sending = [r for r in rows if r.bytes]
+    shown = sending if show_all else sending[:15]
+    for r in shown:
+        takers = r.consumers[0] + (f" and {len(r.consumers) - 1} more" if len(r.consumers) > 1 else "")
+        by = "\n".join(step.replace("_", "-") for step in r.path)
+        table.add_row(f"{r.producer}\n  for {takers}", by, str(r.count), size(r.bytes), seconds(r.seconds))
+    return _section("What is sent, and for what", table, len(sending) - len(shown))
 
 
 def _collectives(plan: Plan) -> RenderableType:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "netmind_autopar"
 PACKAGE = "netmind_autopar"
 FILES = sorted(ROOT.rglob("*.py"))
 
-# ir ← {rules, kernels, runtime} ← {tracer, costs} ← solver ← passes ← arguments ← api ← verify ← {report, modelfile} ← cli
+# ir ← {rules, kernels, runtime} ← {tracer, costs} ← solver ← passes ← arguments ← api ← verification ← {report, modelfile} ← cli
 LAYERS = (
     ("ir",),
     ("rules", "kernels", "runtime"),
@@ -24,7 +24,6 @@ LAYERS = (
     ("arguments",),
     ("api",),
     ("verification",),
-    ("verify",),
     ("__init__",),
     ("report", "modelfile"),
     ("cli",),

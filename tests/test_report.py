@@ -11,7 +11,8 @@ import torch
 
 from netmind_autopar import report
 from netmind_autopar.ir.plan import Collective, Cost, Memory, Plan, PlanAxis, Replicated
-from netmind_autopar.ir.spec import Replicate, Shard
+from netmind_autopar.ir.spec import Replicate, Shard, Spec, parse_spec
+from netmind_autopar.solver.explain import ClassRow, ConversionRow
 
 
 def example() -> Plan:
@@ -57,10 +58,32 @@ def parameters() -> list[tuple[str, torch.Tensor]]:
     return out
 
 
+def work() -> tuple[list[ClassRow], list[ConversionRow]]:
+    def spec(text: str) -> Spec:
+        return parse_spec(text)
+
+    fc, loss = "transformer.h.*.attn.c_attn.addmm", "nll_loss"
+    rows = [
+        ClassRow("transformer.wte.embedding", "op", 1, "d0 -", (), (spec("f32[32,1024,1600] S(0) R"),), 0),
+        ClassRow("transformer.h.*.attn.c_attn.view", "op", 48, "a -", (), (spec("f32[(32 1024),1600] S(0.0) R"),), 0),
+        ClassRow(fc, "op", 48, "m n", (), (spec("f32[(32 1024),4800] S(0.0) S(1)"),), 0),
+        ClassRow(loss, "op", 1, "n -", (), (spec("f32[] P(sum) R"), spec("f32[] P(sum) R")), 0),
+    ]
+    before, after = spec("f32[] P(sum) R"), spec("f32[] R R")
+    sent = [
+        ConversionRow(
+            fc + "@backward~1", ("gradient",), "backward", before, after, ("reduce_scatter dp", "all_gather dp"), 48, 2**28, 2e-3
+        ),
+        ConversionRow(loss, ("div", "output.loss"), "forward", before, after, ("all_reduce dp",), 1, 8, 1e-5),
+    ]
+    return rows, sent
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_plan_report(width: int, golden: Callable[[str, str], None]) -> None:
     plan = example()
-    text = report.render(report.plan_report(plan, "GPT2LMHeadModel", report.parameter_rows(plan, parameters()), show_all=True), width)
+    rows = report.parameter_rows(plan, parameters())
+    text = report.render(report.plan_report(plan, "GPT2LMHeadModel", rows, *work(), show_all=True), width)
     assert max(map(len, text.splitlines())) <= width
     golden(f"plan_{width}.txt", text)
 
@@ -82,6 +105,21 @@ def test_parameter_rows_count_bytes() -> None:
     assert attn.device_bytes == 48 * 1600 * 1200 * 4
     assert bias.placements == (Replicate(), Replicate())
     assert proj.placements == (Shard(1), Shard(0))
+
+
+def test_only_the_main_operations_are_shown_by_default() -> None:
+    rows, _ = work()
+    text = report.render(report.plan_report(example(), work=rows))
+    assert "attn.c_attn.addmm" in text
+    assert "attn.c_attn.view" not in text
+    assert "attn.c_attn.view" in report.render(report.plan_report(example(), work=rows, show_all=True))
+
+
+def test_a_plain_list_of_layers_is_no_repeated_block() -> None:
+    plan = example().model_copy(update={"choices": {"layers.0.weight": "- d0", "layers.1.weight": "- d1"}})
+    shapes = {"layers.0.weight": (16, 4), "layers.1.weight": (16, 16)}
+    rows = report.parameter_rows(plan, [(name, torch.empty(*shape, device="meta")) for name, shape in shapes.items()])
+    assert [r.placements[1] for r in rows] == [Shard(0), Shard(1)]
 
 
 def test_blocks_that_differ_get_rows_of_their_own() -> None:
