@@ -1,6 +1,6 @@
 """Calls that prove the rows of the rule table: at least one for every op, even sizes and uneven ones.
 
-A case is (op name, args, kwargs) with real tensors. Element-wise ops are generated from their schema; the rest is listed.
+A case is (op name, args, kwargs) with real tensors. Element-wise ops are generated from their schema; the rest is listed here.
 Sizes 4 and 6 divide over meshes of 2 and 3, sizes 5 and 7 do not.
 """
 
@@ -8,130 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+from case_kit import GENERATOR, A, B, Case, F, I, K, P
+from elementwise_cases import elementwise
 
-from netmind_autopar.kernels import DIRECT  # registers the ops of our own
-from netmind_autopar.rules.call import Call
-from netmind_autopar.rules.table import TABLE
-
-assert DIRECT
-A, K = torch.ops.aten, torch.ops.autopar
-Case = tuple[str, tuple[Any, ...], dict[str, Any]]
-_generator = torch.Generator().manual_seed(0)
-
-
-def F(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=_generator, dtype=torch.float64)
-
-
-def P(*shape: int) -> torch.Tensor:
-    """In (0.1, 0.9): inside the domain of every function."""
-    return torch.rand(shape, generator=_generator, dtype=torch.float64) * 0.8 + 0.1
-
-
-def I(high: int, *shape: int) -> torch.Tensor:  # noqa: E743
-    return torch.randint(0, high, shape, generator=_generator)
-
-
-def B(*shape: int) -> torch.Tensor:
-    return torch.rand(shape, generator=_generator) < 0.5
-
-
-def overload(name: str) -> Any:
-    space, op, which = name.split(".")
-    return getattr(getattr(getattr(torch.ops, space), op), which)
-
-
-def make(case: Case) -> Call:
-    """The call of a case, run once."""
-    name, args, kwargs = case
-    result = overload(name)(*args, **kwargs)
-    items = result if isinstance(result, (list, tuple)) else (result,)
-    return Call(overload(name), args, kwargs, tuple(t if isinstance(t, torch.Tensor) and _given(t) else None for t in items))
-
-
-def _given(tensor: torch.Tensor) -> bool:
-    return tensor.dim() > 0 or tensor.numel() > 0
-
-
-# ---- element-wise ops, from their schema --------------------------------------------------------------------------------------
-
-POSITIVE = "acosh log log10 log1p log2 logit lgamma digamma rsqrt sqrt erfinv pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor xlogy.Tensor".split()
-INTEGER = """bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar bitwise_not
-bitwise_left_shift.Tensor bitwise_right_shift.Tensor""".split()
-LOGICAL = "logical_and logical_or logical_xor logical_not".split()
-COMPARED = "eq ne lt le gt ge".split()
-PLAIN_ONLY = """gelu_backward silu_backward tanh_backward sigmoid_backward threshold_backward hardtanh_backward hardswish_backward copy
-hardsigmoid_backward leaky_relu_backward elu_backward softplus_backward mish_backward lerp.Scalar where.self masked_fill.Scalar""".split()
-SPECIAL = ("aten.elu_backward.default",)  # numbers stand between its tensors
-NUMBERS: dict[str, dict[str, Any]] = {
-    "hardtanh_backward": {"min_val": -1.0, "max_val": 1.0}, "leaky_relu_backward": {"negative_slope": 0.1, "self_is_result": False},
-     "clamp_min": {"min": 0.2}, "clamp_max": {"max": 0.2},
-    "div.Tensor_mode": {"rounding_mode": "floor"}, "div.Scalar_mode": {"rounding_mode": "trunc", "other": 0.3},
-    "masked_fill.Scalar": {"value": 0.5}, "threshold_backward": {"threshold": 0.0}, "new_empty": {"size": [4, 6]},
-    "clamp": {"min": -0.5, "max": 0.5}, "full_like": {"fill_value": 3.5}, "bitwise_and.Scalar": {"other": 3}, "bitwise_or.Scalar": {"other": 3},
-    "bitwise_xor.Scalar": {"other": 3}, "clamp.Tensor": {"min": P(6), "max": P(6) + 1},
-}
-
-
-def _tensor(short: str, argument: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if argument in ("condition", "mask"):
-        return B(*shape)
-    if short in POSITIVE:
-        return P(*shape) + (1.0 if short == "acosh" else 0.0)
-    if short in INTEGER:
-        return I(8, *shape)
-    if short in LOGICAL:
-        return B(*shape)
-    if short.split(".")[0] in COMPARED:
-        return I(3, *shape).double()
-    if short in ("asin", "acos", "atanh", "polar"):
-        return P(*shape)
-    return F() if argument == "value" else F(*shape)
-
-
-def _generated() -> Iterator[Case]:
-    for name, row in TABLE.items():
-        if not row.startswith("pointwise") or not name.startswith("aten.") or name in SPECIAL:
-            continue
-        short = name.removeprefix("aten.").removesuffix(".default")
-        arguments = overload(name)._schema.arguments
-        tensors = [a.name for a in arguments if "Tensor" in str(a.type) and not a.has_default_value()]
-        shapes = [[(4, 6)] * 5, [(5, 7)] * 5]
-        if len(tensors) > 1 and short not in PLAIN_ONLY:
-            shapes += [[(5, 4, 6), (6,), (4, 1)], [(7, 1), (7, 5), (5,)]]
-        for some in shapes:
-            args, kwargs = [], {}
-            for argument in arguments:
-                given = NUMBERS.get(short, {}).get(argument.name)
-                if argument.name in tensors:
-                    value = _tensor(short, argument.name, some[tensors.index(argument.name)])
-                elif given is not None and not (isinstance(given, torch.Tensor) and some[0][-1] != 6):
-                    value = given
-                elif argument.has_default_value():
-                    continue
-                else:
-                    value = {"int": 1, "List[int]": [4], "bool": False, "float": 0.7}.get(str(argument.type), 0.7)
-                if argument.kwarg_only or argument.name in NUMBERS.get(short, {}):
-                    kwargs[argument.name] = value
-                else:
-                    args.append(value)
-            if short == "clamp.Tensor" and not kwargs:
-                kwargs = {"min": P(7)}
-            yield name, tuple(args), kwargs
-
-
-def _losses() -> Iterator[Case]:
-    for reduction, grad in ((0, F(5, 7)), (1, F()), (2, F())):
-        for name, beta in (("mse_loss", ()), ("smooth_l1_loss", (1.0,)), ("huber_loss", (1.0,))):
-            yield f"aten.{name}.default", (F(5, 7), F(5, 7), reduction), {}
-            yield f"aten.{name}_backward.default", (grad, F(5, 7), F(5, 7), reduction, *beta), {}
-        yield "aten.binary_cross_entropy_with_logits.default", (F(5, 7), P(5, 7), F(7), None, reduction), {}
-
-
-# ---- everything else, listed --------------------------------------------------------------------------------------------------
 
 @functools.cache
 def _norm(rows: tuple[int, ...], inner: int) -> tuple[torch.Tensor, ...]:
@@ -147,12 +28,14 @@ def _pool(shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
 
 
 def _attention(shape: tuple[int, ...], kv: int, t: int, causal: bool, p: float, mask: torch.Tensor | None = None) -> tuple[Case, Case]:
-    b, h, s, d = shape
+    b, h, _, d = shape
     q, k, v = F(*shape), F(b, kv, t, d), F(b, kv, t, d)
     rest = (mask, torch.tensor(11) if p else None, causal, d**-0.5, p, 3, 0, 0, h)
     out, lse = K.attention(q, k, v, *rest)
-    return (("autopar.attention.default", (q, k, v, *rest), {}),
-            ("autopar.attention_backward.default", (torch.randn_like(out), q, k, v, out, lse, *rest), {}))
+    return (
+        ("autopar.attention.default", (q, k, v, *rest), {}),
+        ("autopar.attention_backward.default", (torch.randn_like(out), q, k, v, out, lse, *rest), {}),
+    )
 
 
 def _conv(x: tuple[int, ...], w: tuple[int, ...], groups: int, bias: bool, transposed: bool, mask: list[bool]) -> Iterator[Case]:
@@ -163,6 +46,14 @@ def _conv(x: tuple[int, ...], w: tuple[int, ...], groups: int, bias: bool, trans
     y = A.convolution(image, weight, None, *rest)
     yield "aten.convolution.default", (image, weight, F(channels) if bias else None, *rest), {}
     yield "aten.convolution_backward.default", (torch.randn_like(y), image, weight, [channels] if bias else None, *rest, mask), {}
+
+
+def _losses() -> Iterator[Case]:
+    for reduction, grad in ((0, F(5, 7)), (1, F()), (2, F())):
+        for name, beta in (("mse_loss", ()), ("smooth_l1_loss", (1.0,)), ("huber_loss", (1.0,))):
+            yield f"aten.{name}.default", (F(5, 7), F(5, 7), reduction), {}
+            yield f"aten.{name}_backward.default", (grad, F(5, 7), F(5, 7), reduction, *beta), {}
+        yield "aten.binary_cross_entropy_with_logits.default", (F(5, 7), P(5, 7), F(7), None, reduction), {}
 
 
 def _listed() -> Iterator[Case]:
@@ -187,8 +78,13 @@ def _listed() -> Iterator[Case]:
     yield from _norms()
     yield from _losses()
     yield from _images()
-    for case in (((4, 6, 6, 4), 6, 6, True, 0.0), ((3, 6, 5, 4), 2, 7, False, 0.0), ((4, 4, 3, 4), 2, 3, True, 0.3), ((5, 6, 4, 4), 1, 4, False, 0.3),
-                 ((1, 5, 4, 4), 5, 4, False, 0.3)):
+    for case in (
+        ((4, 6, 6, 4), 6, 6, True, 0.0),
+        ((3, 6, 5, 4), 2, 7, False, 0.0),
+        ((4, 4, 3, 4), 2, 3, True, 0.3),
+        ((5, 6, 4, 4), 1, 4, False, 0.3),
+        ((1, 5, 4, 4), 5, 4, False, 0.3),
+    ):
         yield from _attention(*case)
     for mask in (B(3, 1, 5, 7) | (torch.arange(7) == 0), F(5, 7), F(3, 6, 1, 7)):
         yield from _attention((3, 6, 5, 4), 2, 7, False, 0.0, mask)
@@ -253,8 +149,18 @@ def _images() -> Iterator[Case]:
 
 
 def _moves() -> Iterator[Case]:
-    for shape, to in (((4, 6, 8), [24, 8]), ((24, 8), [4, 6, 2, 4]), ((6, 4), [8, 3]), ((5, 7), [1, 35, 1]), ((5, 12), [5, 3, 4]), ((4, 6), [2, 12]),
-                      ((12, 5), [4, 15]), ((6,), [1, 6]), ((2, 6, 10), [2, 4, 15]), ((1, 1), [1])):
+    for shape, to in (
+        ((4, 6, 8), [24, 8]),
+        ((24, 8), [4, 6, 2, 4]),
+        ((6, 4), [8, 3]),
+        ((5, 7), [1, 35, 1]),
+        ((5, 12), [5, 3, 4]),
+        ((4, 6), [2, 12]),
+        ((12, 5), [4, 15]),
+        ((6,), [1, 6]),
+        ((2, 6, 10), [2, 4, 15]),
+        ((1, 1), [1]),
+    ):
         for name in ("view", "_unsafe_view", "reshape"):
             yield f"aten.{name}.default", (F(*shape), to), {}
     for shape in ((4, 6, 5), (5, 7, 3)):
@@ -377,7 +283,7 @@ def _indexing() -> Iterator[Case]:
         yield "aten._unsafe_index.Tensor", (x, [None, I(m, 5), I(3, 5)]), {}
         for name in ("index_put", "_unsafe_index_put"):
             for accumulate in (False, True):
-                order = torch.randperm(m, generator=_generator)[:4]
+                order = torch.randperm(m, generator=GENERATOR)[:4]
                 yield f"aten.{name}.default", (x, [None, order], F(n, 4, 3), accumulate), {}
                 yield f"aten.{name}.default", (x, [None, order], F(3), accumulate), {}
                 yield f"aten.{name}.default", (x, [I(1, 4), order], F(), accumulate), {}
@@ -390,11 +296,11 @@ def _indexing() -> Iterator[Case]:
         yield "aten.scatter_add.default", (x, 1, I(m, n, 4, 3), F(n, 4, 3)), {}
         yield "aten.scatter_add.default", (x, 1, I(m, n - 1, 4, 3), F(n, 4, 3)), {}
         yield "aten.index_add.default", (x, 1, I(m, 5), F(n, 5, 3)), {}
-        order = torch.randperm(m, generator=_generator)[:4]
+        order = torch.randperm(m, generator=GENERATOR)[:4]
         yield "aten.index_copy.default", (x, 1, order, F(n, 4, 3)), {}
         wide = order.reshape(1, 4, 1).expand(n, 4, 3).contiguous()
         yield "aten.scatter.src", (x, 1, wide, F(n, 4, 3)), {}
         yield "aten.scatter.value", (x, 1, wide, 2.5), {}
 
 
-CASES: tuple[Case, ...] = (*_generated(), *_listed())
+CASES: tuple[Case, ...] = (*elementwise(), *_listed())

@@ -27,13 +27,16 @@ def test_parse_refuses(text):
         parse(text)
 
 
-@pytest.mark.parametrize("text, inputs, outputs", [
-    ("m k, k n -> m n", [(4, 6), (5, 7)], [(4, 7)]),
-    ("m k, k n -> m n", [(4, 6)], [(4, 7)]),
-    ("a b -> a b", [(4, 6, 2)], [(4, 6)]),
-    ("(a b) -> a b", [(12,)], [(5, 3)]),
-    ("(a b) -> (b a)", [(12,)], [(12,)]),
-])
+@pytest.mark.parametrize(
+    ("text", "inputs", "outputs"),
+    [
+        ("m k, k n -> m n", [(4, 6), (5, 7)], [(4, 7)]),
+        ("m k, k n -> m n", [(4, 6)], [(4, 7)]),
+        ("a b -> a b", [(4, 6, 2)], [(4, 6)]),
+        ("(a b) -> a b", [(12,)], [(5, 3)]),
+        ("(a b) -> (b a)", [(12,)], [(12,)]),
+    ],
+)
 def test_bind_refuses_shapes_that_do_not_fit(text, inputs, outputs):
     with pytest.raises(ValueError):
         bind(text, inputs, outputs)

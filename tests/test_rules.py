@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from rule_cases import CASES, A, B, F, I, K, P, make
+from case_kit import A, B, F, I, K, P, make
+from rule_cases import CASES
 from torch import fx
 
 from netmind_autopar.ir.local import resolve
@@ -28,6 +29,7 @@ for _case in CASES:
 
 
 # ---- every row ----------------------------------------------------------------------------------------------------------------
+
 
 def test_every_row_has_a_case():
     assert set(TABLE) == set(BY_OP)
@@ -126,8 +128,11 @@ def test_an_unlisted_op_runs_whole():
 
 
 def test_truth_values_and_integers_are_never_partial():
-    for case in (("aten._to_copy.default", (B(4, 6),), {"dtype": torch.float64}), ("aten.view.default", (I(4, 4, 6), [24]), {}),
-                 ("aten._to_copy.default", (F(4, 6),), {"dtype": torch.int64})):
+    for case in (
+        ("aten._to_copy.default", (B(4, 6),), {"dtype": torch.float64}),
+        ("aten.view.default", (I(4, 4, 6), [24]), {}),
+        ("aten._to_copy.default", (F(4, 6),), {"dtype": torch.int64}),
+    ):
         assert "+" not in rule_of(make(case)).symbols
 
 
@@ -140,20 +145,37 @@ WRONG = {
     "mean is not the sum of means": ("aten.mean.dim", (X, [1]), {}, "a b -> a"),
     "mean of pieces is not the mean": ("aten.mean.default", (X,), {}, "a b -> "),
     "softmax needs its whole dim": ("aten._softmax.default", (X, 1, False), {}, "a b -> a b"),
-    "softmax backward is not linear in its output": ("aten._softmax_backward_data.default", (X, X, 1, torch.float64), {}, "a b!, *a b! -> a b!"),
+    "softmax backward is not linear in its output": (
+        "aten._softmax_backward_data.default",
+        (X, X, 1, torch.float64),
+        {},
+        "a b!, *a b! -> a b!",
+    ),
     "letters of a transpose swapped": ("aten.t.default", (F(6, 6),), {}, "a b -> a b"),
     "layer norm needs its whole dim": ("aten.native_layer_norm.default", (X, [6], None, None, 1e-5), {}, "a b -> a b, a 1, a 1"),
-    "layer norm backward needs its whole dim": ("aten.native_layer_norm_backward.default", (
-        X, X, [6], _LN[1], _LN[2], None, None, [True, False, False]), {}, "a b, a b, a 1, a 1 -> a b, _, _"),
+    "layer norm backward needs its whole dim": (
+        "aten.native_layer_norm_backward.default",
+        (X, X, [6], _LN[1], _LN[2], None, None, [True, False, False]),
+        {},
+        "a b, a b, a 1, a 1 -> a b, _, _",
+    ),
     "adding a number is not linear": ("aten.add.Scalar", (X, 2.0), {}, "+a b -> a b"),
     "a bias is added on every device": ("aten.addmm.default", (F(5), F(4, 6), F(6, 5)), {}, "n, m k, k n -> m n"),
     "a maximum is not a sum": ("aten.amax.default", (X, [1]), {}, "a b -> a"),
     "a sum is not a maximum": ("aten.sum.dim_IntList", (X, [1]), {}, "a b -> a ; max"),
-    "dropout does not know where it stands": ("autopar.dropout.default", (F(8, 8), torch.tensor(3), 0.5, 1, [8, 8], [0, 0], [8, 8]), {},
-                                              "a b, -> a b | (6, 'lengths')"),
+    "dropout does not know where it stands": (
+        "autopar.dropout.default",
+        (F(8, 8), torch.tensor(3), 0.5, 1, [8, 8], [0, 0], [8, 8]),
+        {},
+        "a b, -> a b | (6, 'lengths')",
+    ),
     "embedding does not know which rows it has": ("autopar.embedding.default", (F(8, 3), I(8, 5), 0, -1), {}, "v d, s -> s d"),
-    "embedding gradient does not know which rows": ("autopar.embedding_backward.default", (F(5, 3), I(8, 5), 8, 0, -1), {},
-                                                    "s d, s -> v d | (2, 'size:v')"),
+    "embedding gradient does not know which rows": (
+        "autopar.embedding_backward.default",
+        (F(5, 3), I(8, 5), 8, 0, -1),
+        {},
+        "s d, s -> v d | (2, 'size:v')",
+    ),
     "padding with ones is not linear": ("aten.constant_pad_nd.default", (X, [1, 1], 1.0), {}, "+a b! -> a c!"),
     "padding of a split dim": ("aten.constant_pad_nd.default", (F(8), [1, -1], 0.0), {}, "a -> a"),
     "multiplication is not linear in both": ("aten.mul.Tensor", (X, X), {}, "+a b, +a b -> a b"),
@@ -162,13 +184,24 @@ WRONG = {
     "cumsum needs its whole dim": ("aten.cumsum.default", (X, 1), {}, "a b -> a b"),
     "a view cut across the minor dim": ("aten.view.default", (X, [24]), {}, "+a b -> (b a) | (1, 'shape')"),
     "every device counts from zero": ("aten.arange.default", (6,), {}, " -> a | (0, 'size:a')"),
-    "a bias gradient is not a sum over in-channels": ("aten.convolution_backward.default", (
-        F(2, 4, 3, 3), F(2, 6, 3, 3), F(4, 6, 1, 1), [4], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]), {},
-        "n o h! w!, n i h! w!, o i k! l! -> n i h! w!, o i k! l!, o"),
-    "attention over split keys": ("autopar.attention.default", (F(2, 2, 4, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, False, 0.5, 0.0, 0, 0, 0, 2),
-                                  {}, "b h s d!, b h t d!, b h t d! -> b h s d!, b h s"),
-    "causal attention of split rows": ("autopar.attention.default", (F(2, 2, 6, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, True, 0.5, 0.0, 0, 0, 0, 2),
-                                       {}, "b h s d!, b h t! d!, b h t! d! -> b h s d!, b h s"),
+    "a bias gradient is not a sum over in-channels": (
+        "aten.convolution_backward.default",
+        (F(2, 4, 3, 3), F(2, 6, 3, 3), F(4, 6, 1, 1), [4], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]),
+        {},
+        "n o h! w!, n i h! w!, o i k! l! -> n i h! w!, o i k! l!, o",
+    ),
+    "attention over split keys": (
+        "autopar.attention.default",
+        (F(2, 2, 4, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, False, 0.5, 0.0, 0, 0, 0, 2),
+        {},
+        "b h s d!, b h t d!, b h t d! -> b h s d!, b h s",
+    ),
+    "causal attention of split rows": (
+        "autopar.attention.default",
+        (F(2, 2, 6, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, True, 0.5, 0.0, 0, 0, 0, 2),
+        {},
+        "b h s d!, b h t! d!, b h t! d! -> b h s d!, b h s",
+    ),
     "a loss mean over a split dim": ("aten.mse_loss.default", (X, LOG, 1), {}, "a b, a b -> "),
     "any piece is not the whole": ("aten.any.dim", (torch.arange(24).reshape(4, 6) % 6 == 1, 1), {}, "a b -> a ; min"),
     "sorted pieces are not sorted": ("aten.sort.default", (X, 1), {}, "a b -> a b, a b"),
@@ -201,8 +234,19 @@ def test_a_failure_says_what_and_where():
 
 # ---- arguments ----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["aten.view.default", "aten.convolution_backward.default", "autopar.dropout.default", "aten.split.Tensor",
-                                  "autopar.attention.default", "autopar.embedding_backward.default", "aten.native_group_norm.default"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aten.view.default",
+        "aten.convolution_backward.default",
+        "autopar.dropout.default",
+        "aten.split.Tensor",
+        "autopar.attention.default",
+        "autopar.embedding_backward.default",
+        "aten.native_group_norm.default",
+    ],
+)
 def test_arguments_as_formulas_resolve_to_the_same(name):
     for case, mesh in itertools.product(BY_OP[name], MESHES):
         call = make(case)
@@ -227,6 +271,7 @@ def test_sample_makes_real_inputs_for_a_graph_node():
 
 
 # ---- refinement ---------------------------------------------------------------------------------------------------------------
+
 
 class _Graph:
     """Builds a graph like a captured one: meta tensors in `meta["val"]`."""
@@ -258,7 +303,9 @@ def _block(g, x, b, s, h, d, kernel=False):
     flat = g.call(A.view.default, g.call(operator.getitem, norm, 0), [b * s, e])
     mixed = g.call(A.view.default, g.call(A.addmm.default, g.input(3 * e), flat, g.input(e, 3 * e)), [b, s, 3 * e])
     pieces = g.call(A.split.Tensor, mixed, e, 2)
-    q, k, v = (g.call(A.permute.default, g.call(A.view.default, g.call(operator.getitem, pieces, i), [b, s, h, d]), [0, 2, 1, 3]) for i in range(3))
+    q, k, v = (
+        g.call(A.permute.default, g.call(A.view.default, g.call(operator.getitem, pieces, i), [b, s, h, d]), [0, 2, 1, 3]) for i in range(3)
+    )
     mixed = g.call(operator.getitem, g.call(K.attention.default, q, k, v, None, None, True, 0.5, 0.0, 0, 0, 0, h), 0)
     joined = g.call(A.view.default, g.call(A.permute.default, mixed, [0, 2, 1, 3]), [b * s, e])
     out = g.call(A.view.default, g.call(A.addmm.default, g.input(e), joined, g.input(e, e)), [b, s, e])

@@ -10,8 +10,26 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from netmind_autopar.ir.spec import (Partial, Replicate, Shard, Spec, chunk, is_even, is_valid, layout, local_bytes, local_parts, local_shape,
-                                     parse_spec, part_start, plain, same_layout, shard, splits, unshard)
+from netmind_autopar.ir.spec import (
+    Partial,
+    Replicate,
+    Shard,
+    Spec,
+    chunk,
+    is_even,
+    is_valid,
+    layout,
+    local_bytes,
+    local_parts,
+    local_shape,
+    parse_spec,
+    part_start,
+    plain,
+    same_layout,
+    shard,
+    splits,
+    unshard,
+)
 
 MESHES = st.sampled_from([(2,), (3,), (4,), (2, 2), (2, 3), (1, 2), (2, 1, 2), (2, 2, 2)])
 DIMS = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple)
@@ -66,8 +84,15 @@ def test_part_start_is_where_the_piece_lies(case):
 
 def _views(shape):
     """Ways to see each dim as parts."""
-    return [[parts for k in (1, 2, 3) for parts in itertools.product(range(1, n + 1), repeat=k) if math.prod(parts) == n and (k == 1 or 1 not in parts)]
-            for n in shape]
+    return [
+        [
+            parts
+            for k in (1, 2, 3)
+            for parts in itertools.product(range(1, n + 1), repeat=k)
+            if math.prod(parts) == n and (k == 1 or 1 not in parts)
+        ]
+        for n in shape
+    ]
 
 
 @settings(max_examples=400, deadline=None)

@@ -22,7 +22,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -221,8 +221,14 @@ def _term(text: str, fixed: set[str], pattern: str) -> Term | None:
     return Term(tuple(dims), mark)
 
 
-def bind(pattern: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int] | None], *,
-         sizes: Mapping[str, int] | None = None, adjust: tuple[tuple[int | str, str], ...] = ()) -> Rule:
+def bind(
+    pattern: str,
+    inputs: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int] | None],
+    *,
+    sizes: Mapping[str, int] | None = None,
+    adjust: tuple[tuple[int | str, str], ...] = (),
+) -> Rule:
     """A Rule from a pattern and the shapes of one call.
 
     `...` stands for as many leading dims as the shapes have, equal in all terms. `sizes` gives what shapes cannot tell: the
@@ -246,8 +252,9 @@ def bind(pattern: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequen
         dims += [(dim, int(n)) for dim, n in zip(term.dims, shape, strict=True)]
     order = dict.fromkeys(letter for dim, _ in dims for letter in dim)
     _learn(dims, known, pattern)
-    return Rule(tuple(t for t in terms[: len(ins)] if t), tuple(terms[len(ins) :]), {k: known[k] for k in order}, fixed & set(order),
-                reduce, adjust)
+    return Rule(
+        tuple(t for t in terms[: len(ins)] if t), tuple(terms[len(ins) :]), {k: known[k] for k in order}, fixed & set(order), reduce, adjust
+    )
 
 
 def _expand(term: Term, rank: int) -> Term:

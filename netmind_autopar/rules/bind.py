@@ -170,8 +170,11 @@ def _refined(key: _Key, cuts: tuple[tuple[str, Cuts], ...]) -> Rule:
     for letter, size in rule.sizes.items():
         edges = [size, *reversed(chains.get(letter, ())), 1]
         pieces[letter] = tuple(f"{letter}.{i}" for i in range(len(edges) - 1)) if len(edges) > 2 else (letter,)
-        sizes.update({name: high // low for name, high, low in zip(pieces[letter], edges, edges[1:], strict=False)} if len(edges) > 2
-                     else {letter: size})
+        sizes.update(
+            {name: high // low for name, high, low in zip(pieces[letter], edges, edges[1:], strict=False)}
+            if len(edges) > 2
+            else {letter: size}
+        )
 
     def term(old: Term) -> Term:
         return Term(tuple(tuple(name for letter in dim for name in pieces[letter]) for dim in old.dims), old.mark)
@@ -180,6 +183,12 @@ def _refined(key: _Key, cuts: tuple[tuple[str, Cuts], ...]) -> Rule:
         kind, colon, product = old.partition(":")
         return kind + colon + "*".join(name for word in product.split("*") for name in pieces.get(word, (word,)))
 
-    return Rule(tuple(term(t) for t in rule.inputs), tuple(None if t is None else term(t) for t in rule.outputs), sizes,
-                frozenset(name for letter in rule.fixed for name in pieces[letter]), rule.reduce,
-                tuple((place, what(w)) for place, w in rule.adjust), rule.known)
+    return Rule(
+        tuple(term(t) for t in rule.inputs),
+        tuple(None if t is None else term(t) for t in rule.outputs),
+        sizes,
+        frozenset(name for letter in rule.fixed for name in pieces[letter]),
+        rule.reduce,
+        tuple((place, what(w)) for place, w in rule.adjust),
+        rule.known,
+    )

@@ -136,7 +136,14 @@ def group_norm(call: Call, direction: str) -> Rule:
     n, g = sketch.letter(x.shape[0], name="n"), sketch.letter(groups, name="g")
     c = sketch.letter(x.shape[1] // groups, fixed=True, name="c")
     rows = [n, (*g, *c), *(sketch.letter(size, fixed=True) for size in x.shape[2:])]
-    kinds: dict[str, list[Dim]] = {"grad_out": rows, "input": rows, "mean": [n, g], "rstd": [n, g], "weight": [(*g, *c)], "bias": [(*g, *c)]}
+    kinds: dict[str, list[Dim]] = {
+        "grad_out": rows,
+        "input": rows,
+        "mean": [n, g],
+        "rstd": [n, g],
+        "weight": [(*g, *c)],
+        "bias": [(*g, *c)],
+    }
     names = [a.name for a in call.target._schema.arguments if a.name in kinds and isinstance(call[a.name], torch.Tensor)]
     for argument, letters in (("N", n), ("C", (*g, *c)), ("group", g)):
         sketch.follow(argument, "size:" + "*".join(letters or ("1",)))
@@ -214,8 +221,9 @@ def attention(call: Call, direction: str) -> Rule:
         kinds["mask"] = aligned(call["mask"].shape, [b, heads, s, t], [*q.shape[:3], k.shape[2]])
     names = [a.name for a in call.target._schema.arguments if a.name in kinds and isinstance(call[a.name], torch.Tensor)]
     if drops:
+        times = f"*{q.shape[1] // kv}" if r else ""
         sketch.follow("b_start", "start:" + b[0] if b else "size:0")
-        sketch.follow("h_start", f"start:{g[0]}*{q.shape[1] // kv}" if g else f"start:{r[0]}" if r else "size:0")
+        sketch.follow("h_start", f"start:{g[0]}{times}" if g else f"start:{r[0]}" if r else "size:0")
     return sketch.rule([kinds[name] for name in names], [out, lse] if direction == "forward" else [qs, ks, vs])
 
 
@@ -235,4 +243,3 @@ def fixed(call: Call, *marks: str) -> Rule:
     inputs = [[sketch.letter(n, fixed=True) for n in s] for s in call.shapes]
     outputs = [None if r is None else [sketch.letter(n, fixed=True) for n in r] for r in call.results]
     return sketch.rule(inputs, outputs, list(marks) or "")
-

@@ -11,8 +11,15 @@ from ..ir.spec import Spec
 from .algebra import Rule, Strategy, letter_spec
 
 
-def localize_args(args: Sequence[Any], kwargs: Mapping[str, Any], rule: Rule, strategy: Strategy, out_spec: Spec | None,
-                  sizes: tuple[int, ...], coord: tuple[int, ...] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def localize_args(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rule: Rule,
+    strategy: Strategy,
+    out_spec: Spec | None,
+    sizes: tuple[int, ...],
+    coord: tuple[int, ...] | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's (args, kwargs) with every adjusted argument as the device at `coord` needs it; tensors (or nodes) untouched.
 
     `out_spec` is the Spec of output 0 under the strategy, or None when there is no such output. `sizes` is the mesh. Without

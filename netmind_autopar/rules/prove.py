@@ -23,7 +23,14 @@ from .call import Call, call_of
 from .localize import localize_args
 
 # Relative to the largest element. Exact for integers and truth values.
-TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-5, torch.complex64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+}
 
 # Ops whose results are whatever was in memory: only shapes are compared.
 GARBAGE = {f"aten.{op}" for op in ("empty.memory_format", "empty_like.default", "new_empty.default")}
@@ -42,8 +49,9 @@ class Failure:
         return f"{self.op} on {self.mesh} split {' '.join(self.strategy)}: {self.why}"
 
 
-def prove(rule: Rule, call: Call | fx.Node, sizes: tuple[int, ...], strategies: Iterable[Strategy] | None = None,
-          seed: int = 0) -> list[Failure]:
+def prove(
+    rule: Rule, call: Call | fx.Node, sizes: tuple[int, ...], strategies: Iterable[Strategy] | None = None, seed: int = 0
+) -> list[Failure]:
     """Failures of a rule for one call on a mesh of these axis sizes; empty when every strategy is exact.
 
     A call with real tensors is run on them; a graph node, or a call with fake tensors, on random ones (`sample`).
@@ -59,8 +67,9 @@ def prove(rule: Rule, call: Call | fx.Node, sizes: tuple[int, ...], strategies: 
     return failures
 
 
-def _try(rule: Rule, call: Call, whole: Sequence[torch.Tensor | None], strategy: Strategy, sizes: tuple[int, ...],
-         generator: torch.Generator) -> str:
+def _try(
+    rule: Rule, call: Call, whole: Sequence[torch.Tensor | None], strategy: Strategy, sizes: tuple[int, ...], generator: torch.Generator
+) -> str:
     """Why this strategy fails, empty when it does not."""
     ins = input_specs(rule, strategy, [t.dtype for t in call.tensors])
     outs = output_specs(rule, strategy, [None if t is None else t.dtype for t in whole])
@@ -105,8 +114,11 @@ def distribute(tensor: torch.Tensor, spec: Spec, sizes: tuple[int, ...], generat
     """Local tensors of all ranks, in rank order; along Partial(sum) axes random terms that add up to the value."""
     terms: dict[tuple[int, ...], torch.Tensor] = {(): tensor}
     for placement, n in zip(spec.placements, sizes, strict=True):
-        terms = {(*c, i): t for c, old in terms.items() for i, t in enumerate(_decompose(old, n, generator) if placement == Partial("sum")
-                                                                            else [old] * n)}
+        terms = {
+            (*c, i): t
+            for c, old in terms.items()
+            for i, t in enumerate(_decompose(old, n, generator) if placement == Partial("sum") else [old] * n)
+        }
     plain = spec.with_placements(Replicate() if isinstance(p, Partial) else p for p in spec.placements)
     return [shard(terms[coord], plain, sizes, coord).contiguous() for coord in itertools.product(*(range(n) for n in sizes))]
 
@@ -137,9 +149,9 @@ def put_tensors(args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequenc
 
 def sample(call: Call, seed: int = 0) -> Call:
     """The call on random CPU tensors: floating point as float64 in (0.1, 1.1), where every common function is defined, integers
-    below the smallest dim that any operand has."""
+    below the smallest dim that any operand or result has."""
     generator = torch.Generator().manual_seed(seed)
-    bound = min((n for t in call.tensors for n in t.shape if n > 1), default=2)
+    bound = min((n for t in (*call.tensors, *call.outputs) if t is not None for n in t.shape if n > 1), default=2)
 
     def draw(t: torch.Tensor) -> torch.Tensor:
         shape = tuple(t.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -51,8 +52,8 @@ def _edges(shape: Sequence[int], dims: Sequence[int]) -> list[int]:
 def _factor(sketch: Sketch, a: Sequence[int], left: list[int], b: Sequence[int], right: list[int], ins: list[Dim], outs: list[Dim]) -> None:
     """Letters of one group. Where boundaries do not nest, only the common factor of the major dims is shared, the rest fixed."""
     edges = sorted({*_edges(a, left), *_edges(b, right)}, reverse=True)
-    if all(x % y == 0 for x, y in zip(edges, edges[1:], strict=False)):
-        letters = {x: sketch.letter(x // y) for x, y in zip(edges, edges[1:], strict=False)}
+    if all(x % y == 0 for x, y in itertools.pairwise(edges)):
+        letters = {x: sketch.letter(x // y) for x, y in itertools.pairwise(edges)}
         for shape, dims, terms in ((a, left, ins), (b, right, outs)):
             bounds = _edges(shape, dims)
             for i, high, low in zip(dims, bounds, bounds[1:], strict=False):
@@ -148,7 +149,9 @@ def split(call: Call, argument: str) -> Rule:
     full = sketch.dims(shape, [dim])
     lengths = {r[dim] for r in results}
     if len(lengths) > 1 or 0 in lengths:
-        return sketch.rule([full], [[sketch.letter(r[dim], fixed=True) if d == dim else full[d] for d in range(len(r))] for r in results], "+")
+        return sketch.rule(
+            [full], [[sketch.letter(r[dim], fixed=True) if d == dim else full[d] for d in range(len(r))] for r in results], "+"
+        )
     for letter in full[dim]:
         del sketch.sizes[letter]
     piece, element = sketch.letter(len(results), fixed=True, name="c"), sketch.letter(lengths.pop(), name="n")
@@ -267,8 +270,10 @@ def along_index(call: Call, how: str) -> Rule:
     other = [idx[0] if d == dim else n for d, n in enumerate(table)] if flat else list(idx)
     clash = [d for d in range(len(table)) if d != dim and table[d] != other[d]]
     full = sketch.dims(table, [dim, *clash])
-    reach = [sketch.letter(other[d], fixed=how == "write" or d in clash, name="k" if d == dim else "") if d == dim or d in clash else full[d]
-             for d in range(len(table))]
+    reach = [
+        sketch.letter(other[d], fixed=how == "write" or d in clash, name="k" if d == dim else "") if d == dim or d in clash else full[d]
+        for d in range(len(table))
+    ]
     index_term = [reach[dim]] if flat else reach
     sources = [reach] * (len(call.shapes) - 2)
     if any(s != tuple(other) for s in call.shapes[2:]):

@@ -42,8 +42,9 @@ class Sketch:
         """The argument follows the local shapes; see `Rule.adjust`."""
         self.adjust.append((self.call.place(argument), what))
 
-    def rule(self, inputs: Sequence[Sequence[Dim]], outputs: Sequence[Sequence[Dim] | None], marks: str | Sequence[str] = "",
-             reduce: str = "sum") -> Rule:
+    def rule(
+        self, inputs: Sequence[Sequence[Dim]], outputs: Sequence[Sequence[Dim] | None], marks: str | Sequence[str] = "", reduce: str = "sum"
+    ) -> Rule:
         """The finished rule. `marks` is one mark for all inputs or a list with one each ("_": none)."""
         each = [marks] * len(inputs) if isinstance(marks, str) else list(marks)
         terms = [Term(tuple(dims), _mark(mark)) for dims, mark in zip(inputs, each, strict=True)]
