@@ -66,6 +66,7 @@ def _listed() -> Iterator[Case]:
             yield "aten.addmm.default", (bias, F(m, k), F(k, n)), {"alpha": 2.0, "beta": 0.5}
             yield "aten.baddbmm.default", (bias, F(3, m, k), F(3, k, n)), {}
         yield "aten.baddbmm.default", (F(3, m, n), F(3, m, k), F(3, k, n)), {}
+        yield "aten.addmm.default", (I(9, n), I(9, m, k), I(9, k, n)), {}
         yield "aten.linear.default", (F(2, m, k), F(n, k), F(n)), {}
         yield "aten.linear.default", (F(m, k), F(n, k)), {}
         yield "aten.embedding.default", (F(m, n), I(m, k, 2)), {}
@@ -295,6 +296,9 @@ def _indexing() -> Iterator[Case]:
         yield "aten.index_select.default", (x, 1, I(m, 5)), {}
         yield "aten.scatter_add.default", (x, 1, I(m, n, 4, 3), F(n, 4, 3)), {}
         yield "aten.scatter_add.default", (x, 1, I(m, n - 1, 4, 3), F(n, 4, 3)), {}
+        yield "aten.scatter_add.default", (I(9, n, m, 3), 1, I(m, n, 4, 3), I(9, n, 4, 3)), {}
+        yield "aten.index_add.default", (I(9, n, m, 3), 1, I(m, 5), I(9, n, 5, 3)), {}
+        yield "aten.index_put.default", (I(9, n, m), [None, I(m, 4)], I(9, n, 4), True), {}
         yield "aten.index_add.default", (x, 1, I(m, 5), F(n, 5, 3)), {}
         order = torch.randperm(m, generator=GENERATOR)[:4]
         yield "aten.index_copy.default", (x, 1, order, F(n, 4, 3)), {}

@@ -13,6 +13,7 @@ from case_kit import A, B, F, I, K, P, make
 from rule_cases import CASES
 from torch import fx
 
+from netmind_autopar.ir.errors import UnknownOpError
 from netmind_autopar.ir.local import resolve
 from netmind_autopar.ir.program import is_getitem
 from netmind_autopar.rules.algebra import Rule, bind, output_specs, strategies
@@ -125,6 +126,26 @@ def test_a_negative_or_partial_slice_is_whole():
 def test_an_unlisted_op_runs_whole():
     rule = rule_of(make(("aten.cummax.default", (F(4, 6), 0), {})))
     assert not rule.known and rule.symbols == ("-",) and len(rule.outputs) == 2
+
+
+def test_an_unlisted_op_that_draws_random_numbers_is_refused():
+    graph = _Graph()
+    node = graph.call(A.rand_like.default, graph.input(4, 6))
+    node.meta["where"] = "model.py:7  torch.rand_like(x)"
+    with pytest.raises(UnknownOpError) as caught:
+        rule_for(node)
+    assert str(caught.value) == (
+        "UnknownOpError: aten.rand_like.default draws random numbers that devices cannot share\n"
+        "  where  model.py:7  torch.rand_like(x)\n"
+        "  why    every device would draw its own, and the result would not be that of one device\n"
+        "  try    draw them outside of the model and pass them in as an input"
+    )
+
+
+def test_integers_added_to_a_table_leave_the_index_whole():
+    """Without Partial integers the table's own values would be added on every device."""
+    rule = rule_of(make(("aten.scatter_add.default", (I(9, 4, 6), 1, I(6, 4, 4), I(9, 4, 4)), {})))
+    assert str(rule) == "a b!, a k!, a k! -> a b!"
 
 
 def test_truth_values_and_integers_are_never_partial():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from .algebra import Rule, Term
+from .algebra import Rule, Term, vanishes
 from .call import Call
 
 Dim = tuple[str, ...]
@@ -58,17 +59,19 @@ def _mark(mark: str) -> str:
 
 def linear_checked(call: Call, rule: Rule) -> Rule:
     """Marks in their one normal form: none where numbers are not floating point (terms of a bool or a rounded number do not
-    add up), and '+' instead of '*' for a sole input."""
-    marks = [t.mark for t in rule.inputs]
+    add up), and '+' instead of '*' for a sole input. A letter that needed such a mark is then fixed."""
+    marks, fixed = [t.mark for t in rule.inputs], rule.fixed
     if not any(marks):
         return rule
     marked = [t for t, m in zip(call.tensors, marks, strict=True) if m]
     if not all(t.dtype.is_floating_point or t.dtype.is_complex for t in (*marked, *(o for o in call.outputs if o is not None))):
+        added = [t for t in rule.inputs if t.mark == "+"]
+        fixed |= {x for x in rule.sizes if vanishes(rule, x) and any(t.find(x) is None for t in added)}
         marks = [""] * len(marks)
     elif marks == ["*"]:
         marks = ["+"]
     inputs = tuple(Term(t.dims, m) for t, m in zip(rule.inputs, marks, strict=True))
-    return Rule(inputs, rule.outputs, rule.sizes, rule.fixed, rule.reduce, rule.adjust, rule.known)
+    return replace(rule, inputs=inputs, fixed=fixed)
 
 
 def aligned(shape: Sequence[int], full: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:

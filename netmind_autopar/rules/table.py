@@ -7,8 +7,10 @@ in this one alone, "_" not linear. To add an op: write its row here and a case i
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
+from ..ir.errors import UnknownOpError
 from . import compute, shapes
 from .algebra import Rule, bind
 from .call import Call, call_of, signature
@@ -127,8 +129,19 @@ _FUNCTIONS = {name: getattr(module, name) for module in (compute, shapes) for na
 
 
 def rule_for(node: fx.Node) -> Rule:
-    """The rule of one graph node. An unlisted op, or a call that its row does not cover, runs whole: `known` is then False."""
-    return rule_of(call_of(node))
+    """The rule of one graph node. An unlisted op, or a call that its row does not cover, runs whole: `known` is then False.
+
+    Raises UnknownOpError for an unlisted op that draws random numbers: devices that ran it whole would draw different ones.
+    """
+    call = call_of(node)
+    if call.op not in TABLE and torch.Tag.nondeterministic_seeded in getattr(call.target, "tags", ()):
+        raise UnknownOpError(
+            f"{call.op} draws random numbers that devices cannot share",
+            where=node.meta.get("where", ""),
+            why="every device would draw its own, and the result would not be that of one device",
+            try_="draw them outside of the model and pass them in as an input",
+        )
+    return rule_of(call)
 
 
 def rule_of(call: Call) -> Rule:
