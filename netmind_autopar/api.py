@@ -12,11 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from .arguments import check_model, parse_memory, running_mesh
 from .costs.device import default_cluster, make_mesh
 from .ir import flags
+from .ir.errors import UnknownOpError
 from .ir.mesh import Mesh
 from .ir.plan import Plan
-from .ir.program import Program
+from .ir.program import Program, op_name
 from .passes.emit import emit
 from .passes.pipeline import lower
+from .rules.algebra import Rule
 from .rules.bind import bind_program
 from .runtime.agree import all_alike, from_rank_zero, together
 from .runtime.module import Executable, ParallelModule
@@ -27,11 +29,24 @@ from .tracer.hash import graph_hash
 Progress = Callable[[str], None]
 
 
-def plan(model: nn.Module, sample_inputs: Any, mesh: str | Mesh | DeviceMesh, *, cluster: str | None = None, memory: str | int | None = None,
-         optimizer: str = "adamw", pins: Mapping[str, str | Sequence[str]] | None = None, inputs: Literal["global", "local"] = "global",
-         outputs: Sequence[str] | Literal["global"] | None = None, differentiable: Sequence[str] | None = None,
-         random_costs: int | None = None, time_limit: float = 60.0, gap: float = 1e-4, strict: bool = False,
-         progress: Progress | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    sample_inputs: Any,
+    mesh: str | Mesh | DeviceMesh,
+    *,
+    cluster: str | None = None,
+    memory: str | int | None = None,
+    optimizer: str = "adamw",
+    pins: Mapping[str, str | Sequence[str]] | None = None,
+    inputs: Literal["global", "local"] = "global",
+    outputs: Sequence[str] | Literal["global"] | None = None,
+    differentiable: Sequence[str] | None = None,
+    random_costs: int | None = None,
+    time_limit: float = 60.0,
+    gap: float = 1e-4,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
     """Decide how `model` runs on `mesh`; needs no process group, no accelerator and no weights.
 
     sample_inputs: a tensor, tuple or dict of tensors with global shapes. mesh: "dp=4,tp=8", a DeviceMesh or a Mesh.
@@ -44,16 +59,40 @@ def plan(model: nn.Module, sample_inputs: Any, mesh: str | Mesh | DeviceMesh, *,
     start = time.process_time()
     say("capturing the model")
     program = _capture(model, sample_inputs, outputs, differentiable)
-    found = _solve(program, make_mesh(mesh, cluster or default_cluster()), say, memory=memory, optimizer=optimizer, pins=pins, inputs=inputs,
-                   random_costs=random_costs, time_limit=time_limit, gap=gap, strict=strict)
+    found = _solve(
+        program,
+        make_mesh(mesh, cluster or default_cluster()),
+        say,
+        memory=memory,
+        optimizer=optimizer,
+        pins=pins,
+        inputs=inputs,
+        random_costs=random_costs,
+        time_limit=time_limit,
+        gap=gap,
+        strict=strict,
+    )
     return found.timed(time.process_time() - start)
 
 
-def autoparallelize(model: nn.Module, sample_inputs: Any, device_mesh: DeviceMesh | str, *, plan: Plan | None = None,
-                    cluster: str | None = None, memory: str | int | None = None, optimizer: str = "adamw",
-                    pins: Mapping[str, str | Sequence[str]] | None = None, inputs: Literal["global", "local"] = "global",
-                    outputs: Sequence[str] | Literal["global"] | None = None, differentiable: Sequence[str] | None = None,
-                    random_costs: int | None = None, time_limit: float = 60.0, gap: float = 1e-4, strict: bool = False) -> ParallelModule:
+def autoparallelize(
+    model: nn.Module,
+    sample_inputs: Any,
+    device_mesh: DeviceMesh | str,
+    *,
+    plan: Plan | None = None,
+    cluster: str | None = None,
+    memory: str | int | None = None,
+    optimizer: str = "adamw",
+    pins: Mapping[str, str | Sequence[str]] | None = None,
+    inputs: Literal["global", "local"] = "global",
+    outputs: Sequence[str] | Literal["global"] | None = None,
+    differentiable: Sequence[str] | None = None,
+    random_costs: int | None = None,
+    time_limit: float = 60.0,
+    gap: float = 1e-4,
+    strict: bool = False,
+) -> ParallelModule:
     """The same model running on every device of `device_mesh`; call it on every rank. Options as in `plan`.
 
     plan: run this plan instead of searching one. outputs="global" gathers every output at once.
@@ -62,12 +101,33 @@ def autoparallelize(model: nn.Module, sample_inputs: Any, device_mesh: DeviceMes
     """
     torch_mesh = running_mesh(device_mesh)
     program: Program = together(lambda: _capture(model, sample_inputs, outputs, differentiable))  # type: ignore[assignment]
-    all_alike("the captured graph", graph_hash(program), why="every rank must build the same model and sample inputs",
-              try_="seed and configure all ranks alike")
+    all_alike(
+        "the captured graph",
+        graph_hash(program),
+        why="every rank must build the same model and sample inputs",
+        try_="seed and configure all ranks alike",
+    )
     mesh = make_mesh(torch_mesh, cluster or (plan.cluster if plan else default_cluster()))
-    found = Plan.loads(from_rank_zero(lambda: (plan or _solve(
-        program, mesh, lambda _: None, memory=memory, optimizer=optimizer, pins=pins, inputs=inputs, random_costs=random_costs,
-        time_limit=time_limit, gap=gap, strict=strict)).dumps()))
+    found = Plan.loads(
+        from_rank_zero(
+            lambda: (
+                plan
+                or _solve(
+                    program,
+                    mesh,
+                    lambda _: None,
+                    memory=memory,
+                    optimizer=optimizer,
+                    pins=pins,
+                    inputs=inputs,
+                    random_costs=random_costs,
+                    time_limit=time_limit,
+                    gap=gap,
+                    strict=strict,
+                )
+            ).dumps()
+        )
+    )
     all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
     executable = together(lambda: compile_plan(program, found, training=model.training))
     return ParallelModule(executable, model, found, torch_mesh, gather_outputs=outputs == "global")  # type: ignore[arg-type]
@@ -94,9 +154,22 @@ def _capture(model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str 
 
 def _solve(program: Program, mesh: Mesh, say: Progress, *, memory: str | int | None, strict: bool, **options: Any) -> Plan:
     say("reading the sharding rules")
-    rules = bind_program(program, strict=strict)
+    rules = bind_program(program)
+    if strict:
+        _refuse_unknown(program, rules)
     say("choosing shardings")
     found = solve(program, rules, mesh, graph_hash=graph_hash(program), cluster=mesh.cluster, memory_limit=parse_memory(memory), **options)
     flags.debug(1, found.dumps())
     flags.dump("plan.json", found.dumps())
     return found
+
+
+def _refuse_unknown(program: Program, rules: Mapping[str, Rule]) -> None:
+    for node in program.graph.nodes:
+        if node.name in rules and not rules[node.name].known:
+            raise UnknownOpError(
+                f"no sharding rule for {op_name(node)}",
+                where=node.meta.get("where", ""),
+                why="strict=True, and an op without a rule runs whole on every device",
+                try_="drop strict=True, or add a row for it to rules/table.py",
+            )

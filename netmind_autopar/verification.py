@@ -19,8 +19,8 @@ from .ir.program import Output, Program, is_getitem, source
 from .ir.spec import Spec, shard, unshard
 from .runtime import simulate
 from .runtime.collectives import bucket, move
-from .tracer.capture import call_arguments, capture
-from .tracer.signature import build, flatten
+from .tracer.capture import capture
+from .tracer.signature import flatten, sample_call
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 VANISHING = 0.1  # times the tolerance: a gradient below this share of the step's largest is rounding noise, and judged against it
@@ -55,8 +55,17 @@ class Report:
         return max((row.error for row in self.rows), default=float("nan"))
 
 
-def verify(model: nn.Module, sample_inputs: Any, plan: Plan, *, steps: int = 1, optimizer: Optimizer | None = None, seed: int = 0,
-           outputs: Sequence[str] | None = None, differentiable: Sequence[str] | None = None) -> Report:
+def verify(
+    model: nn.Module,
+    sample_inputs: Any,
+    plan: Plan,
+    *,
+    steps: int = 1,
+    optimizer: Optimizer | None = None,
+    seed: int = 0,
+    outputs: Sequence[str] | None = None,
+    differentiable: Sequence[str] | None = None,
+) -> Report:
     """Compare a plan with the original: every output, gradient and buffer, over `steps` training steps.
 
     model, sample_inputs: as given to `plan`, with real values. optimizer: makes a torch optimizer from parameters, such as
@@ -70,8 +79,17 @@ def verify(model: nn.Module, sample_inputs: Any, plan: Plan, *, steps: int = 1, 
     return compare(model, sample_inputs, program, lowered, plan, steps=steps, optimizer=optimizer, seed=seed)
 
 
-def compare(model: nn.Module, sample_inputs: Any, program: Program, lowered: Program, plan: Plan, *, steps: int = 1,
-            optimizer: Optimizer | None = None, seed: int = 0) -> Report:
+def compare(
+    model: nn.Module,
+    sample_inputs: Any,
+    program: Program,
+    lowered: Program,
+    plan: Plan,
+    *,
+    steps: int = 1,
+    optimizer: Optimizer | None = None,
+    seed: int = 0,
+) -> Report:
     """`verify` for a program that is captured and lowered already."""
     side = _Sides(model, sample_inputs, program, lowered, plan.sizes, optimizer)
     rows: list[Row] = []
@@ -88,14 +106,15 @@ def compare(model: nn.Module, sample_inputs: Any, program: Program, lowered: Pro
 class _Sides:
     """The original model and the ranks of its plan, trained side by side."""
 
-    def __init__(self, model: nn.Module, sample_inputs: Any, program: Program, lowered: Program, sizes: tuple[int, ...],
-                 optimizer: Optimizer | None) -> None:
+    def __init__(
+        self, model: nn.Module, sample_inputs: Any, program: Program, lowered: Program, sizes: tuple[int, ...], optimizer: Optimizer | None
+    ) -> None:
         if any(p.is_meta for p in model.parameters()):
             raise InputError("the model lies on the meta device and has no values", try_="build it on the CPU to verify a plan")
         self.program, self.lowered, self.sizes = program, lowered, sizes
         self.model = copy.deepcopy(model)
-        template, leaves = flatten(sample_inputs)
-        self.arguments = call_arguments(build(template, [t.detach().clone().requires_grad_(t.requires_grad) for _, t in leaves]))
+        call = sample_call(self.model.forward, sample_inputs)
+        self.arguments = call.arguments([t.detach().clone().requires_grad_(t.requires_grad) for _, t in call.leaves])
         self.users = program.signature.pack(*self.arguments)
         self.specs: dict[str, Spec] = {i.node: lowered.specs[i.node] for i in lowered.inputs}  # type: ignore[misc]
         self.coords = tuple(coordinates(sizes))
@@ -127,7 +146,9 @@ class _Sides:
             elif item.role == "seed":
                 state[item.node] = torch.randint(0, 2**62, (), generator=noise)
             else:
-                state[item.node] = torch.ones((), dtype=value.dtype) if not value.shape else torch.randn(value.shape, generator=noise, dtype=value.dtype)
+                state[item.node] = (
+                    torch.ones((), dtype=value.dtype) if not value.shape else torch.randn(value.shape, generator=noise, dtype=value.dtype)
+                )
         return state
 
     def reference(self, state: Mapping[str, Tensor]) -> list[Tensor]:
@@ -202,8 +223,15 @@ class _Sides:
         if index is not None and isinstance(value, (tuple, list)):
             value = value[index]
         specs = self.lowered.specs[node.name]
-        pairs = [(value, specs, locals_)] if isinstance(specs, Spec) else [
-            (v, s, [t[k] for t in locals_]) for k, (v, s) in enumerate(zip(value, specs, strict=True)) if s is not None and v is not None]
+        pairs = (
+            [(value, specs, locals_)]
+            if isinstance(specs, Spec)
+            else [
+                (v, s, [t[k] for t in locals_])
+                for k, (v, s) in enumerate(zip(value, specs, strict=True))
+                if s is not None and v is not None
+            ]
+        )
         for want, spec, parts in pairs:
             error = relative_error(want, unshard(parts, spec, self.sizes))
             if not error <= tolerance(want.dtype) * 10:

@@ -1,7 +1,7 @@
 """Arguments of a lowered graph that differ from rank to rank: held as a formula, bound when a device loads the graph.
 
-    Local("shape", "f32[7,16] S(0)")              the local shape: [4, 16] on one device, [3, 16] on the next
-    Local("start", "f32[(7 16)] S(0.0)", (0,))    where the local piece of part 0 begins
+Local("shape", "f32[7,16] S(0)")              the local shape: [4, 16] on one device, [3, 16] on the next
+Local("start", "f32[(7 16)] S(0.0)", (0,))    where the local piece of part 0 begins
 """
 
 from __future__ import annotations

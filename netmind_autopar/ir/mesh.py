@@ -81,8 +81,12 @@ def parse_axes(text: str) -> tuple[tuple[str, int], ...]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*(\d+)\s*", part)
         if not found or int(found[2]) < 1:
-            raise MeshError(f"cannot read the mesh {text!r}", where=f"the part {part.strip()!r}",
-                            why="a mesh is a list of name=size, each size 1 or more", try_='"dp=2,tp=4"')
+            raise MeshError(
+                f"cannot read the mesh {text!r}",
+                where=f"the part {part.strip()!r}",
+                why="a mesh is a list of name=size, each size 1 or more",
+                try_='"dp=2,tp=4"',
+            )
         if found[1] in dict(axes):
             raise MeshError(f"mesh axis {found[1]!r} is named twice", where=repr(text), try_="give each axis a name of its own")
         axes.append((found[1], int(found[2])))

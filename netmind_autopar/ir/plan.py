@@ -169,7 +169,9 @@ class Plan(_Part):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise PlanError(f"cannot read the plan {path}", why=str(e), try_="give the path of a file written by `--json` or Plan.save") from None
+            raise PlanError(
+                f"cannot read the plan {path}", why=str(e), try_="give the path of a file written by `--json` or Plan.save"
+            ) from None
         return cls.loads(text, where=str(path))
 
     @classmethod
@@ -181,11 +183,19 @@ class Plan(_Part):
         except ValidationError as e:
             first = e.errors()[0]
             field = ".".join(str(p) for p in first["loc"])
-            raise PlanError("the plan file is not valid", where=f"{where}: {field}".strip(": "), why=first["msg"],
-                            try_="undo the edit of that field, or plan again") from None
+            raise PlanError(
+                "the plan file is not valid",
+                where=f"{where}: {field}".strip(": "),
+                why=first["msg"],
+                try_="undo the edit of that field, or plan again",
+            ) from None
         except (ValueError, RecursionError) as e:
-            raise PlanError("the plan file is not readable JSON", where=where, why=str(e)[:200],
-                            try_="plan again: the file is truncated or was edited into something else") from None
+            raise PlanError(
+                "the plan file is not readable JSON",
+                where=where,
+                why=str(e)[:200],
+                try_="plan again: the file is truncated or was edited into something else",
+            ) from None
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -55,8 +55,18 @@ class Partial:
 Placement = Replicate | Shard | Partial
 
 DTYPES = {
-    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32,
-    "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "b8": torch.bool, "c64": torch.complex64, "c128": torch.complex128,
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "b8": torch.bool,
+    "c64": torch.complex64,
+    "c128": torch.complex128,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -69,11 +79,18 @@ class Spec:
     dtype: torch.dtype
     placements: tuple[Placement, ...]
 
-    @property
+    def __hash__(self) -> int:  # specs are the keys of every table of the planner: hashed once
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = hash((self.dims, self.dtype, self.placements))
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(math.prod(parts) for parts in self.dims)
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[int, ...]:
         """All part sizes in order: the shape of the tensor when every dim is opened up."""
         return tuple(itertools.chain.from_iterable(self.dims))

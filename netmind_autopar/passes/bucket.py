@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..costs.comm import BUCKET_BYTES
-from ..ir.program import Draft, Program
+from ..ir.program import Draft, Program, tensor_args
 from ..ir.spec import local_bytes, parse_spec
 from ..runtime.collectives import bucket, move
 
@@ -35,10 +35,15 @@ def bucket_gradients(program: Program, context: Lowering) -> Program:
 
 def _buckets(program: Program, sizes: tuple[int, ...]) -> list[tuple[tuple, list[str]]]:
     """Names of the all-reduces that travel together, in graph order."""
+    ends = tensor_args(next(n for n in program.graph.nodes if n.op == "output"))
+    roles: dict[fx.Node, set[str]] = {}
+    for node, out in zip(ends, program.outputs, strict=True):
+        roles.setdefault(node, set()).add(out.role)
     open_: dict[tuple, tuple[list[str], int]] = {}
     out: list[tuple[tuple, list[str]]] = []
     for node in program.graph.nodes:
-        if node.target is not move or node.args[1] != "all_reduce" or any(user.op != "output" for user in node.users):
+        waited_for = roles.get(node) != {"grad"} or any(user.op != "output" for user in node.users)
+        if node.target is not move or node.args[1] != "all_reduce" or node.meta["phase"] != "backward" or waited_for:
             continue
         spec = parse_spec(node.args[3])
         key = (node.args[2], spec.placements[node.args[2]].op, spec.dtype)
@@ -56,8 +61,13 @@ def _join(new: Draft, members: list[fx.Node], axis: int, op: str) -> None:
     sources = [m.args[0] for m in members]
     with new.graph.inserting_after(members[-1]):
         joined = new.graph.create_node("call_function", bucket, (sources, axis, op), name=f"bucket_{members[0].name}")
-    joined.meta = {"val": tuple(m.meta["val"] for m in members), "where": "", "module": "", "phase": "backward",
-                   "specs": tuple(m.args[3] for m in members)}
+    joined.meta = {
+        "val": tuple(m.meta["val"] for m in members),
+        "where": "",
+        "module": "",
+        "phase": "backward",
+        "specs": tuple(m.args[3] for m in members),
+    }
     new.expects[joined.name] = specs
     new.specs[joined.name] = tuple(parse_spec(m.args[4]) for m in members)
     at = joined
@@ -68,4 +78,3 @@ def _join(new: Draft, members: list[fx.Node], axis: int, op: str) -> None:
         member.replace_all_uses_with(at)
         new.graph.erase_node(member)
         del new.specs[member.name], new.expects[member.name]
-

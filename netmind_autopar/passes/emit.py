@@ -23,11 +23,14 @@ from ..runtime.collectives import bucket, move
 
 HEADER = '''"""Emitted by netmind-autopar. Mesh {mesh}, plan {plan}, graph {graph}. One file for every rank."""
 
+from types import SimpleNamespace
+
 import torch
 
-from netmind_autopar import kernels as autopar
+from netmind_autopar.kernels import DIRECT
 
 aten = torch.ops.aten
+autopar = SimpleNamespace(**{{str(op).split(".")[1]: call for op, call in DIRECT.items()}})
 inf, nan = float("inf"), float("nan")
 '''
 
@@ -63,7 +66,20 @@ def emit(program: Program, plan: Plan, *, inference: bool = False) -> str:
     head = HEADER.format(mesh=",".join(f"{a.name}={a.size}" for a in plan.mesh), plan=plan.hash(), graph=plan.graph_hash)
     bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
     names = "forward" if inference else "forward, backward"
-    return "\n".join([head, "", "def build(place):", '    """Bind rank, process groups and device."""', "    device = place.device", *bound, "", *parts, f"    return {names}", ""])
+    return "\n".join(
+        [
+            head,
+            "",
+            "def build(place):",
+            '    """Bind rank, process groups and device."""',
+            "    device = place.device",
+            *bound,
+            "",
+            *parts,
+            f"    return {names}",
+            "",
+        ]
+    )
 
 
 def split_phases(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -90,8 +106,15 @@ def _results(program: Program) -> list[fx.Node]:
     return tensor_args(next(n for n in program.graph.nodes if n.op == "output"))
 
 
-def _function(name: str, inputs: Sequence[fx.Node], body: Sequence[fx.Node], results: Sequence[fx.Node], kept: Sequence[fx.Node],
-              writer: _Writer, program: Program) -> str:
+def _function(
+    name: str,
+    inputs: Sequence[fx.Node],
+    body: Sequence[fx.Node],
+    results: Sequence[fx.Node],
+    kept: Sequence[fx.Node],
+    writer: _Writer,
+    program: Program,
+) -> str:
     lines = [f"    def {name}({', '.join(n.name for n in inputs)}):"]
     lines += _body(body, [*results, *kept], writer, program, inputs)
     saved = ", ".join(n.name for n in kept)
@@ -99,8 +122,14 @@ def _function(name: str, inputs: Sequence[fx.Node], body: Sequence[fx.Node], res
     return "\n".join([*lines, ""])
 
 
-def _backward(kept: Sequence[fx.Node], tangents: Sequence[fx.Node], body: Sequence[fx.Node], grads: Sequence[fx.Node], writer: _Writer,
-              program: Program) -> str:
+def _backward(
+    kept: Sequence[fx.Node],
+    tangents: Sequence[fx.Node],
+    body: Sequence[fx.Node],
+    grads: Sequence[fx.Node],
+    writer: _Writer,
+    program: Program,
+) -> str:
     lines = [f"    def backward({', '.join(['saved', *(n.name for n in tangents)])}):"]
     if kept:
         lines += [f"        ({_tuple(kept)}) = saved", "        saved.clear()"]
@@ -127,8 +156,8 @@ def _body(body: Sequence[fx.Node], kept: Sequence[fx.Node], writer: _Writer, pro
     lines: list[str] = []
     module = None
     for node in body:
-        if node.meta.get("module", "") != module:
-            module = node.meta.get("module", "")
+        if (node.meta.get("module") or "") != module:
+            module = node.meta.get("module") or ""
             lines.append(f"        # {module or 'model'}")
         dead = free.get(node, [])
         if node not in last and node not in keep:
@@ -143,7 +172,7 @@ def _comment(node: fx.Node, program: Program) -> str:
     producer, index = source(node)
     spec = program.specs.get(producer.name)
     shown = spec[index] if isinstance(spec, tuple) and is_getitem(node) else spec
-    where = node.meta.get("where", "").split("  ")[0]
+    where = (node.meta.get("where") or "").split("  ")[0]
     text = "   ".join(t for t in ("" if isinstance(shown, tuple) or shown is None else str(shown), where) if t)
     return f"  # {text}" if text else ""
 
@@ -178,7 +207,9 @@ def _text(value: Any, writer: _Writer) -> str:
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, Local):
-        return writer.bind(f"local_{value.what}", f"place.local({value.what!r}, {value.spec!r}, {value.parts}, {value.times}, {value.repeat})")
+        return writer.bind(
+            f"local_{value.what}", f"place.local({value.what!r}, {value.spec!r}, {value.parts}, {value.times}, {value.repeat})"
+        )
     if isinstance(value, (list, tuple)):
         inner = ", ".join(_text(v, writer) for v in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if value else "()"

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..ir.errors import GraphError
 from ..ir.local import Local
-from ..ir.program import Input, Output, Program, is_getitem, tensor_args, values
+from ..ir.program import Output, Program, is_getitem, tensor_args, values
 from ..ir.spec import Replicate, Spec, plain
 from ..rules.algebra import Rule, Strategy, input_specs, letter_spec, output_specs
 from ..solver.conversions import owner_of, value_of
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from .pipeline import Lowering
 
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
 def localize(program: Program, context: Lowering) -> Program:
     """Set `specs` and `expects` of every node from its strategy, and turn shape arguments into local ones."""
     with program.edit() as new:
-        ends = program.placeholders()
         for node in new.graph.nodes:
             if node.op == "placeholder":
-                new.specs[node.name] = _end_spec(_end_name(ends[node.name]), values(node)[0], context)
+                new.specs[node.name] = _end_spec(node.name, values(node)[0], context)
             elif node.op == "get_attr":
                 new.specs[node.name] = _replicated(values(node)[0], context)
             elif node.op == "call_function" and not is_getitem(node):
@@ -40,6 +42,8 @@ def _localize_op(node: fx.Node, rule: Rule, strategy: Strategy, new, context: Lo
     specs = output_specs(rule, strategy, [None if v is None else v.dtype for v in outs])
     new.expects[node.name] = input_specs(rule, strategy, [value_of(arg).dtype for arg in tensor_args(node)])
     new.specs[node.name] = specs if isinstance(node.meta["val"], (tuple, list)) else specs[0]
+    if node.target in _VIEWS:  # strides follow from the plan: a view that is legal globally may need a copy locally
+        node.target = torch.ops.aten.reshape.default
     if rule.adjust:
         _localize_args(node, rule, strategy, specs[0], context.sizes)
 
@@ -67,11 +71,6 @@ def local_formula(what: str, repeat: int, rule: Rule, strategy: Strategy, out: S
     if out is None:
         raise GraphError(f"the argument {what!r} follows output 0, which is switched off")
     return Local(kind, str(out))
-
-
-def _end_name(item: Input) -> str:
-    """Under which name the choice stands: a tangent lies as the output it belongs to."""
-    return f"output.{item.name}" if item.role == "tangent" else item.node
 
 
 def _end_spec(name: str, value: torch.Tensor, context: Lowering) -> Spec:

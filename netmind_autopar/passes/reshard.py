@@ -45,7 +45,7 @@ def _splice(new: Draft, context: Lowering, nodes: dict[str, fx.Node], need: Need
         anchor = new.graph.inserting_after(current) if first.result else new.graph.inserting_before(nodes[first.node])
         with anchor:
             made = new.graph.create_node("call_function", move, args, name=f"{value.name}_{step.kind}")
-        made.meta = {key: value.meta.get(key, "") for key in ("val", "where", "module")} | {"phase": need.phase}
+        made.meta = {"val": value.meta["val"], "where": value.meta.get("where") or "", "module": value.meta.get("module") or "", "phase": need.phase}
         new.specs[made.name], new.expects[made.name] = step.after, (step.before,)
         current = made
     return current

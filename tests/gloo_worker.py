@@ -1,0 +1,99 @@
+"""One process of a gloo run: trains models through autoparallelize and compares every step with the original.
+
+Started by `tests/test_gloo.py` as `python gloo_worker.py RANK WORLD STORE OUT CASES`; rank 0 writes a JSON list, one entry a case.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import models
+
+from netmind_autopar import autoparallelize
+from netmind_autopar.verification import relative_error
+
+OPTIMIZERS = {"sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3)}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def loss_of(result: Any) -> torch.Tensor:
+    if isinstance(result, torch.Tensor):
+        return result if not result.shape else full(result).square().mean()
+    return result.loss if hasattr(result, "loss") else result["loss"]
+
+
+def call(module: torch.nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def train(case: dict) -> dict[str, float]:
+    """Three steps; the worst relative error of loss, gradients and buffers."""
+    dtype = getattr(torch, case["dtype"])
+    model, inputs = getattr(models, case["model"])(dtype=dtype)
+    original = copy.deepcopy(model)
+    sizes = tuple(case["mesh"])
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=tuple("abc"[: len(sizes)]))
+    if dist.get_rank():
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.0)  # rank 0's weights must win
+    pm = autoparallelize(model, inputs, mesh, random_costs=case.get("random_costs"))
+    ours, theirs = OPTIMIZERS[case["optimizer"]](pm.parameters()), OPTIMIZERS[case["optimizer"]](original.parameters())
+    worst = {"loss": 0.0, "gradient": 0.0, "buffer": 0.0}
+    for _ in range(3):
+        ours.zero_grad()
+        theirs.zero_grad()
+        a, b = loss_of(call(pm, inputs)), loss_of(call(original, inputs))
+        a.backward()
+        b.backward()
+        worst["loss"] = max(worst["loss"], relative_error(b.detach(), full(a.detach())))
+        grads = dict(pm.named_parameters())
+        largest = max(float(p.grad.abs().max()) for p in original.parameters() if p.grad is not None)
+        for name, p in original.named_parameters():
+            mine = grads[name].grad
+            assert (mine is None) == (p.grad is None), name
+            if mine is not None:
+                worst["gradient"] = max(worst["gradient"], relative_error(p.grad, full(mine), largest))
+        buffers = dict(pm.named_buffers())
+        for name, buffer in original.named_buffers():
+            worst["buffer"] = max(worst["buffer"], relative_error(buffer, buffers[name]))
+        ours.step()
+        theirs.step()
+    return worst
+
+
+def main() -> None:
+    rank, world, store, out, cases = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), json.loads(sys.argv[5])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    results = []
+    for case in cases:
+        try:
+            results.append(train(case))
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+            break
+    if rank == 0 or "error" in results[-1]:
+        out.with_suffix(f".{rank}").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
