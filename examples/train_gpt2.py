@@ -104,7 +104,7 @@ def show_plan(plan: Any, model: torch.nn.Module) -> None:
     from netmind_autopar import report
 
     rows = report.parameter_rows(plan, model.named_parameters())
-    report.console().print(report.plan_report(plan, type(model).__name__, rows), "")
+    print(report.render(report.plan_report(plan, type(model).__name__, rows), report.console().width), flush=True)
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def demo(steps: int, processes: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train GPT-2 on the standard library's sources.")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--losses", help="write the losses to this file, as JSON")
     parser.add_argument("--demo", action="store_true", help="train on several processes and on one, and compare")
     parser.add_argument("--processes", type=int, default=4, help="with --demo: how many processes")

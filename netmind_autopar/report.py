@@ -227,16 +227,24 @@ class _Blocks:
 
     def __init__(self, table: Table) -> None:
         self.table, self.block = table, ""
+        table.columns[0].no_wrap = True
 
     def label(self, name: str, count: int) -> str:
         prefix, star, rest = name.partition("*.")
         if star and prefix != self.block:
-            self.table.add_row(Text(f"{prefix}*", style="bold"), Text(f"{count} times", style="dim"))
+            self.table.add_row(Text(_fold(f"{prefix}*"), style="bold"), Text(f"{count} times", style="dim"))
         self.block = prefix if star else ""
-        label = "  " + rest if star else name
-        first = self.table.columns[0]
-        first.min_width = max(first.min_width or 0, min(34, len(label)))
-        return label
+        return _fold("  " + rest if star else name)
+
+
+def _fold(name: str, width: int = 28) -> str:
+    """A dotted name in lines of at most `width` columns, broken before dots; the further lines are indented."""
+    lines = [""]
+    for part in re.findall(r"\.?[^.]+", name):
+        if len(lines[-1]) + len(part) > width and lines[-1].strip():
+            lines.append("    ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -261,13 +269,13 @@ def _work(plan: Plan, rows: Sequence[ClassRow], show_all: bool) -> Group:
 
 def _conversions(rows: Sequence[ConversionRow], show_all: bool) -> Group:
     table = _table("result of, for", "by", "times", "bytes", "time", right="times,bytes,time")
-    table.columns[0].min_width = 24
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     sending = [r for r in rows if r.bytes]
     shown = sending if show_all else sending[:15]
     for r in shown:
-        takers = r.consumers[0] + (f" and {len(r.consumers) - 1} more" if len(r.consumers) > 1 else "")
+        more = f"\n    and {len(r.consumers) - 1} more" if len(r.consumers) > 1 else ""
         by = "\n".join(step.replace("_", "-") for step in r.path)
-        table.add_row(f"{r.producer}\n  for {takers}", by, str(r.count), size(r.bytes), seconds(r.seconds))
+        table.add_row(f"{_fold(r.producer)}\n{_fold('  for ' + r.consumers[0])}{more}", by, str(r.count), size(r.bytes), seconds(r.seconds))
     return _section("What is sent, and for what", table, len(sending) - len(shown))
 
 

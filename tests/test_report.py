@@ -85,6 +85,8 @@ def test_plan_report(width: int, golden: Callable[[str, str], None]) -> None:
     rows = report.parameter_rows(plan, parameters())
     text = report.render(report.plan_report(plan, "GPT2LMHeadModel", rows, *work(), show_all=True), width)
     assert max(map(len, text.splitlines())) <= width
+    for number in ("38.3 MiB", "352 MiB", "2.00 ms", "10.0 µs", "48", "6283×1600"):
+        assert number in text, "a column was cut off"
     golden(f"plan_{width}.txt", text)
 
 
