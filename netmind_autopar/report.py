@@ -238,9 +238,9 @@ class _Blocks:
 
 
 def _fold(name: str, width: int = 28) -> str:
-    """A dotted name in lines of at most `width` columns, broken before dots; the further lines are indented."""
+    """A dotted name in lines of at most `width` columns, broken before dots and the like; the further lines are indented."""
     lines = [""]
-    for part in re.findall(r"\.?[^.]+", name):
+    for part in re.findall(r"[.@_]*[^.@_]+", name):
         if len(lines[-1]) + len(part) > width and lines[-1].strip():
             lines.append("    ")
         lines[-1] += part
