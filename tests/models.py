@@ -21,40 +21,119 @@ def _text(vocab: int, batch: int, seq: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def gpt2(dtype: torch.dtype = torch.float64, dropout: float = 0.0, *, layers: int = 2, hidden: int = 32, heads: int = 4, vocab: int = 64,
-         batch: int = BATCH, seq: int = SEQ, device: str = "cpu") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def gpt2(
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    heads: int = 4,
+    vocab: int = 64,
+    batch: int = BATCH,
+    seq: int = SEQ,
+    device: str = "cpu",
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_layer=layers, n_embd=hidden, n_head=heads, vocab_size=vocab, n_positions=max(16, seq), resid_pdrop=dropout,
-                        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss")
+    config = GPT2Config(
+        n_layer=layers,
+        n_embd=hidden,
+        n_head=heads,
+        vocab_size=vocab,
+        n_positions=max(16, seq),
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        loss_type="ForCausalLMLoss",
+    )
     return _build(lambda: GPT2LMHeadModel(config), dtype, device), _text(vocab, batch, seq)
 
 
-def llama(dtype: torch.dtype = torch.float64, dropout: float = 0.0, *, layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int = 2,
-          vocab: int = 64, batch: int = BATCH, seq: int = SEQ, device: str = "cpu") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def llama(
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = 64,
+    batch: int = BATCH,
+    seq: int = SEQ,
+    device: str = "cpu",
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=2 * hidden + 16, num_attention_heads=heads,
-                         num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=max(16, seq), attention_dropout=dropout,
-                         bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden + 16,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        max_position_embeddings=max(16, seq),
+        attention_dropout=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     return _build(lambda: LlamaForCausalLM(config), dtype, device), _text(vocab, batch, seq)
 
 
-def qwen2(dtype: torch.dtype = torch.float64, dropout: float = 0.0, *, layers: int = 2, hidden: int = 32, vocab: int = 64,
-          batch: int = BATCH, seq: int = SEQ, device: str = "cpu") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def qwen2(
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    vocab: int = 64,
+    batch: int = BATCH,
+    seq: int = SEQ,
+    device: str = "cpu",
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2,
-                         vocab_size=vocab, max_position_embeddings=max(16, seq), attention_dropout=dropout, bos_token_id=0, eos_token_id=0)
+    config = Qwen2Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=80,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab,
+        max_position_embeddings=max(16, seq),
+        attention_dropout=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return _build(lambda: Qwen2ForCausalLM(config), dtype, device), _text(vocab, batch, seq)
 
 
-def bert(dtype: torch.dtype = torch.float64, dropout: float = 0.0, *, layers: int = 2, hidden: int = 32, vocab: int = 64,
-         batch: int = BATCH, seq: int = SEQ, device: str = "cpu") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def bert(
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    vocab: int = 64,
+    batch: int = BATCH,
+    seq: int = SEQ,
+    device: str = "cpu",
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=80, num_attention_heads=4, vocab_size=vocab,
-                        max_position_embeddings=max(16, seq), hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, pad_token_id=0)
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=80,
+        num_attention_heads=4,
+        vocab_size=vocab,
+        max_position_embeddings=max(16, seq),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=0,
+    )
     return _build(lambda: BertForMaskedLM(config), dtype, device), _text(vocab, batch, seq)
 
 
@@ -98,8 +177,17 @@ class ResNet(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def resnet50(dtype: torch.dtype = torch.float64, dropout: float = 0.0, *, blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 4,
-             classes: int = 10, batch: int = BATCH, image: int = 64, device: str = "cpu") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def resnet50(
+    dtype: torch.dtype = torch.float64,
+    dropout: float = 0.0,
+    *,
+    blocks: tuple[int, ...] = (3, 4, 6, 3),
+    width: int = 4,
+    classes: int = 10,
+    batch: int = BATCH,
+    image: int = 64,
+    device: str = "cpu",
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, image, image, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(0, classes, (batch,), generator=generator)
@@ -118,17 +206,26 @@ class MLP(nn.Module):
         return nn.functional.mse_loss(y, target)
 
 
-def mlp(dtype: torch.dtype = torch.float64, dropout: float = 0.0, *, hidden: int = 32, wide: int = 48, batch: int = BATCH,
-        device: str = "cpu") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def mlp(
+    dtype: torch.dtype = torch.float64, dropout: float = 0.0, *, hidden: int = 32, wide: int = 48, batch: int = BATCH, device: str = "cpu"
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     x, target = (torch.randn(batch, hidden, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     return _build(lambda: MLP(hidden, wide, dropout), dtype, device), {"x": x, "target": target}
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+    """Hugging Face's causal loss without its cast to float32, which would leave float64 tests seven digits."""
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    return nn.functional.cross_entropy(logits.view(-1, vocab_size), shifted.reshape(-1))
 
 
 def _build(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device):
         model = make()
+    if dtype == torch.float64 and type(model).__name__.endswith(("LMHeadModel", "ForCausalLM")):
+        model.loss_function = next_token_loss
     return model.to(dtype).train()
 
 

@@ -59,8 +59,20 @@ def _kernel(q: Tensor, v: Tensor, mask: Tensor | None, p: float) -> str:
     return "math"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, causal: bool, scale: float, p: float,
-              salt: int, b_start: int, h_start: int, heads: int) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    salt: int,
+    b_start: int,
+    h_start: int,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
     """q [b, hq, s, d], k [b, hk, t, d], v [b, hk, t, e] -> (out [b, hq, s, e], lse [b, hq, s]); hq a multiple of hk.
 
     mask: bool (True: may look) or added numbers, broadcastable to [b, hq, s, t]. causal: position i sees positions 0..i.
@@ -83,24 +95,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor
     return _tokens_first(out), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
-                       seed: Tensor | None, causal: bool, scale: float, p: float, salt: int, b_start: int, h_start: int,
-                       heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    salt: int,
+    b_start: int,
+    h_start: int,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, of their shapes; memory layout [b, s, h, d]. Arguments as in `attention`."""
     times = q.shape[1] // k.shape[1]
     kernel = _kernel(q, v, mask, p)
     bias, k, v = _additive(mask, q, k.shape[2]), _repeat(k, times), _repeat(v, times)
     if kernel == "cpu":
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+        )
     elif kernel == "flash":
         none = torch.empty(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale)
+            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
+        )
     elif kernel == "efficient":
         none = torch.empty((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, None, out, _pad_lse(lse), none, none, 0.0, [True, True, True, False], causal, scale=scale)
+            grad, q, k, v, None, out, _pad_lse(lse), none, none, 0.0, [True, True, True, False], causal, scale=scale
+        )
     else:
         dq, dk, dv = _math_backward(grad, q, k, v, out, lse, bias, seed, causal, scale, p, salt, b_start, h_start, heads)
     return _tokens_first(dq), _tokens_first(_fold(dk, times)), _tokens_first(_fold(dv, times))
@@ -135,8 +164,23 @@ def _drop(x: Tensor, seed: Tensor | None, p: float, salt: int, b_start: int, h_s
     return (x * keep).mul_(1.0 / (1.0 - p) if p < 1 else 0.0)
 
 
-def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, seed: Tensor | None,
-                   causal: bool, scale: float, p: float, salt: int, b_start: int, h_start: int, heads: int) -> tuple[Tensor, ...]:
+def _math_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    salt: int,
+    b_start: int,
+    h_start: int,
+    heads: int,
+) -> tuple[Tensor, ...]:
     weights, _ = _weights(q, k, bias, causal, scale, lse)
     place = (seed, p, salt, b_start, h_start, heads)
     wide = weights.dtype
@@ -148,8 +192,20 @@ def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 
 @torch.library.custom_op("autopar::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, causal: bool, scale: float, p: float,
-               salt: int, b_start: int, h_start: int, heads: int) -> tuple[Tensor, Tensor]:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    salt: int,
+    b_start: int,
+    h_start: int,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
     return attention(q, k, v, mask, seed, causal, scale, p, salt, b_start, h_start, heads)
 
 
@@ -165,9 +221,23 @@ def _fake(q, k, v, mask, seed, causal, scale, p, salt, b_start, h_start, heads):
 
 
 @torch.library.custom_op("autopar::attention_backward", mutates_args=())
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, seed: Tensor | None,
-                        causal: bool, scale: float, p: float, salt: int, b_start: int, h_start: int,
-                        heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    salt: int,
+    b_start: int,
+    h_start: int,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     return attention_backward(grad, q, k, v, out, lse, mask, seed, causal, scale, p, salt, b_start, h_start, heads)
 
 
@@ -196,7 +266,4 @@ def _backward(ctx, grad, _grad_lse):
 
 _attention.register_autograd(_backward, setup_context=_setup)
 
-DIRECT = {
-    torch.ops.autopar.attention.default: attention,
-    torch.ops.autopar.attention_backward.default: attention_backward,
-}
+DIRECT = {torch.ops.autopar.attention.default: attention, torch.ops.autopar.attention_backward.default: attention_backward}

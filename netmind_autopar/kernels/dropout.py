@@ -9,8 +9,9 @@ import torch
 from .counter import keep_mask
 
 
-def dropout(x: torch.Tensor, seed: torch.Tensor, p: float, salt: int, parts: Sequence[int], starts: Sequence[int],
-            lengths: Sequence[int]) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, seed: torch.Tensor, p: float, salt: int, parts: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
+) -> torch.Tensor:
     """x / (1 - p) where element i of the global tensor is kept, else 0. Same shape and dtype as x; contiguous.
 
     seed: int64, 0-dim. parts: sizes of the global tensor's parts, major first; x holds `lengths` of them from `starts` on.
@@ -22,8 +23,9 @@ def dropout(x: torch.Tensor, seed: torch.Tensor, p: float, salt: int, parts: Seq
 
 
 @torch.library.custom_op("autopar::dropout", mutates_args=())
-def _dropout(x: torch.Tensor, seed: torch.Tensor, p: float, salt: int, parts: Sequence[int], starts: Sequence[int],
-             lengths: Sequence[int]) -> torch.Tensor:
+def _dropout(
+    x: torch.Tensor, seed: torch.Tensor, p: float, salt: int, parts: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
+) -> torch.Tensor:
     return dropout(x, seed, p, salt, parts, starts, lengths)
 
 

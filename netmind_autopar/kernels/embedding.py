@@ -62,7 +62,4 @@ def _backward(ctx, grad):
 
 _embedding.register_autograd(_backward, setup_context=_setup)
 
-DIRECT = {
-    torch.ops.autopar.embedding.default: embedding,
-    torch.ops.autopar.embedding_backward.default: embedding_backward,
-}
+DIRECT = {torch.ops.autopar.embedding.default: embedding, torch.ops.autopar.embedding_backward.default: embedding_backward}

@@ -61,7 +61,4 @@ def _backward(ctx, grad_sum, _grad_count):
 
 _nll_loss.register_autograd(_backward, setup_context=_setup)
 
-DIRECT = {
-    torch.ops.autopar.nll_loss.default: nll_loss,
-    torch.ops.autopar.nll_loss_backward.default: nll_loss_backward,
-}
+DIRECT = {torch.ops.autopar.nll_loss.default: nll_loss, torch.ops.autopar.nll_loss_backward.default: nll_loss_backward}

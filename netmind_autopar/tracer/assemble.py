@@ -63,8 +63,11 @@ def _origin(node: fx.Node) -> dict[str, Any]:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     backward = node.meta.get("partitioner_tag") == "is_backward" or bool(node.meta.get("autograd_backward"))
     line = (node.meta.get("stack_trace") or "").partition("Gradient addition node")[0]
-    return {"where": line if line and "\n" not in line else None, "module": next(iter(stack.values()))[0] if stack else None,
-            "phase": "backward" if backward else "forward"}
+    return {
+        "where": line if line and "\n" not in line else None,
+        "module": next(iter(stack.values()))[0] if stack else None,
+        "phase": "backward" if backward else "forward",
+    }
 
 
 def _title(role: str, name: str, index: int) -> str:
@@ -87,8 +90,11 @@ class _Names:
             return ("seed", "seed", -1) if what == 0 else ("input", self.leaves[what - 1], what - 1)
         if kind == "tangent" and isinstance(what, int):
             return "tangent", self.outputs[what], what
-        raise CaptureError(f"the traced graph takes something unexpected: {end}", why="a differentiable result of the model is no output of it",
-                           try_="clone the outputs of the model, and do not let it write into its inputs or parameters")
+        raise CaptureError(
+            f"the traced graph takes something unexpected: {end}",
+            why="a differentiable result of the model is no output of it",
+            try_="clone the outputs of the model, and do not let it write into its inputs or parameters",
+        )
 
     def output(self, end: tuple) -> tuple[str, str, int]:
         if end[0] == "output":
@@ -99,8 +105,12 @@ class _Names:
             role, name, index = self.input(end[1:])
             return "grad", name, index
         what = self.leaves[end[2] - 1] if end[1] == "input" else self._qualified(end[2]) if end[1] == "param" else str(end)
-        raise CaptureError("the model writes into what it was given", where=what, why="inputs and parameters are shared between devices",
-                           try_="clone the tensor before writing into it, or register it as a buffer")
+        raise CaptureError(
+            "the model writes into what it was given",
+            where=what,
+            why="inputs and parameters are shared between devices",
+            try_="clone the tensor before writing into it, or register it as a buffer",
+        )
 
     def _qualified(self, name: str) -> str:
         return name.removeprefix(self.prefix + ".")

@@ -19,17 +19,39 @@ from torch import fx
 _aten = torch.ops.aten
 
 # Functional programs have no aliases to track: these are their first argument.
-ALIASES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default, _aten.lift_fresh.default, _aten.lift.default,
-           _aten.detach_.default, _aten.view_as.default}
+ALIASES = {
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.lift_fresh_copy.default,
+    _aten.lift_fresh.default,
+    _aten.lift.default,
+    _aten.detach_.default,
+    _aten.view_as.default,
+}
 # No-ops when shape, dtype and strides stay.
 COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default}
 # Checks that were made at capture.
-CHECKS = {_aten._assert_tensor_metadata.default, _aten._assert_async.msg, _aten._assert_async.default, _aten._assert_scalar.default,
-          _aten.sym_constrain_range_for_size.default, _aten.sym_constrain_range.default}
+CHECKS = {
+    _aten._assert_tensor_metadata.default,
+    _aten._assert_async.msg,
+    _aten._assert_async.default,
+    _aten._assert_scalar.default,
+    _aten.sym_constrain_range_for_size.default,
+    _aten.sym_constrain_range.default,
+}
 VIEWS = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten._reshape_alias.default}
 # Cheap, pure and memory-free: the same one twice in a module is made once.
-SHARED = {_aten.view.default, _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.expand.default, _aten.unsqueeze.default,
-          _aten.squeeze.dim, _aten.slice.Tensor, operator.getitem}
+SHARED = {
+    _aten.view.default,
+    _aten.t.default,
+    _aten.transpose.int,
+    _aten.permute.default,
+    _aten.expand.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.slice.Tensor,
+    operator.getitem,
+}
 DROPPED_KEYWORDS = ("device", "layout", "pin_memory")
 
 
@@ -120,7 +142,10 @@ def _slice(args: tuple, val: torch.Tensor) -> fx.Node | None:
 
 
 FOLDS: dict[Any, Callable[[tuple, torch.Tensor], fx.Node | None]] = {
-    _aten.t.default: _t, _aten.transpose.int: _transpose, _aten.permute.default: _permute, _aten.slice.Tensor: _slice,
+    _aten.t.default: _t,
+    _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
+    _aten.slice.Tensor: _slice,
 }
 
 
@@ -231,7 +256,9 @@ def _title(node: fx.Node, args: tuple) -> str:
         return identifier(f"{args[0].name}_out{args[1]}")
     word = op_word(node)
     word = re.sub(r"_backward(_data)?$", "", word) if node.meta["phase"] == "backward" else word
-    return identifier("_".join(filter(None, (node.meta["module"].replace(".", "_"), word, "bw" if node.meta["phase"] == "backward" else ""))))
+    return identifier(
+        "_".join(filter(None, (node.meta["module"].replace(".", "_"), word, "bw" if node.meta["phase"] == "backward" else "")))
+    )
 
 
 def _unique(name: str, used: set[str]) -> str:

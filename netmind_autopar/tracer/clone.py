@@ -28,8 +28,12 @@ def fake_clone(model: nn.Module, mode: Any) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise CaptureError("the model cannot be copied", where=type(model).__name__, why=f"copy.deepcopy: {type(error).__name__}: {error}",
-                           try_="keep what cannot be copied (locks, files, process groups, tensors with a history) out of the modules") from error
+        raise CaptureError(
+            "the model cannot be copied",
+            where=type(model).__name__,
+            why=f"copy.deepcopy: {type(error).__name__}: {error}",
+            try_="keep what cannot be copied (locks, files, process groups, tensors with a history) out of the modules",
+        ) from error
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -60,8 +60,19 @@ def feature_dropout(x: Tensor, p: float, train: bool, *, random: Random, salt: i
     return x * _drop(x.new_ones(x.shape[:2] + (1,) * (x.dim() - 2)), p, random, salt)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-              scale: float | None = None, enable_gqa: bool = False, random: Random, salt: int) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    random: Random,
+    salt: int,
+) -> Tensor:
     """`scaled_dot_product_attention`. A mask that wants a gradient (a learned bias) is computed in the open."""
     shape = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     if q.dim() < 3:
@@ -132,8 +143,9 @@ def nll_loss(logp: Tensor, target: Tensor, weight: Tensor | None = None, reducti
     return picked.reshape(shape)
 
 
-def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100,
-                  label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> Tensor:
     """Classes by index: log-softmax and `nll_loss`; a smoothed part is the mean over the classes. By probability: products."""
     logp = torch.log_softmax(x, 0 if x.dim() == 1 else 1)
     if target.is_floating_point():
@@ -163,8 +175,17 @@ def _soft_cross_entropy(logp: Tensor, target: Tensor, weight: Tensor | None, red
     return loss.sum() / max(1, loss.numel()) if reduction == 1 else loss.sum()
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool,
-               momentum: float, eps: float, cudnn_enabled: bool = True) -> Tensor:
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
     """Statistics as sums over everything but dim 1; running statistics follow exactly, the variance unbiased.
 
     bfloat16 and float16 are normalised in float32, as the fused kernels do.
@@ -236,10 +257,12 @@ def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
                 if node.target in _DRAWS:
                     node.kwargs = {**node.kwargs, "random": random, "salt": random.salt()}
             elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                raise CaptureError(f"{node.target} draws random numbers in a way that depends on the device",
-                                   where=node.meta.get("stack_trace") or "",
-                                   why="every device would draw other numbers than one device does",
-                                   try_="draw them outside the model and pass them in, or use torch.nn.functional.dropout")
+                raise CaptureError(
+                    f"{node.target} draws random numbers in a way that depends on the device",
+                    where=node.meta.get("stack_trace") or "",
+                    why="every device would draw other numbers than one device does",
+                    try_="draw them outside the model and pass them in, or use torch.nn.functional.dropout",
+                )
     with module.graph.inserting_after(seed):
         module.graph.call_function(random.bind, (seed,))
 
@@ -258,7 +281,9 @@ def _var(x: Tensor, dims: Sequence[int] | None = None, *, correction: float | No
     return _var_mean(x, dims, correction=correction, keepdim=keepdim)[0]
 
 
-def _var_mean(x: Tensor, dims: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+def _var_mean(
+    x: Tensor, dims: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
     dims = list(range(x.dim())) if not dims else [d % x.dim() for d in dims]
     wide = x.float() if x.dtype.itemsize < 4 else x
     count = math.prod(x.shape[d] for d in dims)

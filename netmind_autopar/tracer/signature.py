@@ -18,8 +18,24 @@ import torch
 
 from ..ir.errors import CaptureError, InputError, ShapeError
 
-_OPAQUE = (torch.nn.Module, torch.dtype, torch.device, torch.Generator, type, types.ModuleType, types.FunctionType, types.MethodType,
-           types.BuiltinFunctionType, str, bytes, int, float, complex, bool, type(None))
+_OPAQUE = (
+    torch.nn.Module,
+    torch.dtype,
+    torch.device,
+    torch.Generator,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+)
 
 
 @dataclass(frozen=True)
@@ -154,14 +170,18 @@ def match(template: Template, obj: Any, path: str, found: list[torch.Tensor]) ->
 def _equal(a: Any, b: Any) -> bool:
     try:
         return type(a) is type(b) and bool(a == b)
-    except Exception:  # noqa: BLE001 - a foreign __eq__ may do anything; then the two are not known to be equal
+    except Exception:
         return False
 
 
 def _unlike(path: str, expected: str, obj: Any) -> ShapeError:
     got = f"a tensor {tuple(obj.shape)}" if isinstance(obj, torch.Tensor) else repr(obj)[:80]
-    return ShapeError("called with other arguments than it was captured with", where=path,
-                      why=f"captured with {expected}, called with {got}", try_="call it as in sample_inputs, or capture it again for this call")
+    return ShapeError(
+        "called with other arguments than it was captured with",
+        where=path,
+        why=f"captured with {expected}, called with {got}",
+        try_="call it as in sample_inputs, or capture it again for this call",
+    )
 
 
 class Call:
@@ -176,8 +196,12 @@ class Call:
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise InputError("sample_inputs do not fit the model's forward", where=f"forward{self.signature}", why=str(error),
-                             try_="pass a dict with the names of forward's parameters") from error
+            raise InputError(
+                "sample_inputs do not fit the model's forward",
+                where=f"forward{self.signature}",
+                why=str(error),
+                try_="pass a dict with the names of forward's parameters",
+            ) from error
         self.positional = len(args)
         self.keywords = tuple(kwargs)
         self.template, self.leaves = flatten(self._canonical(bound))
@@ -206,8 +230,12 @@ class Call:
         try:
             given = self._canonical(self.signature.bind(*args, **kwargs))
         except TypeError as error:
-            raise ShapeError("called with other arguments than it was captured with", where=f"forward{self.signature}",
-                             why=str(error), try_="call it as in sample_inputs") from error
+            raise ShapeError(
+                "called with other arguments than it was captured with",
+                where=f"forward{self.signature}",
+                why=str(error),
+                try_="call it as in sample_inputs",
+            ) from error
         names = dict(zip(self.template.keys, self.template.items, strict=True))
         found: list[torch.Tensor] = []
         for name, item in names.items():
@@ -235,18 +263,28 @@ def sample_call(forward: Callable[..., Any], sample_inputs: Any) -> Call:
     elif isinstance(sample_inputs, (tuple, list)):
         call = Call(forward, tuple(sample_inputs), {})
     else:
-        raise InputError("sample_inputs are no tensors", where=f"sample_inputs: {type(sample_inputs).__name__}",
-                         why="a tensor, a tuple of tensors or a dict of tensors is needed",
-                         try_='sample_inputs={"input_ids": torch.zeros(8, 128, dtype=torch.long)}')
+        raise InputError(
+            "sample_inputs are no tensors",
+            where=f"sample_inputs: {type(sample_inputs).__name__}",
+            why="a tensor, a tuple of tensors or a dict of tensors is needed",
+            try_='sample_inputs={"input_ids": torch.zeros(8, 128, dtype=torch.long)}',
+        )
     if not call.leaves:
-        raise InputError("sample_inputs hold no tensor", where=f"sample_inputs: {sample_inputs!r}"[:120],
-                         why="shapes and dtypes of the inputs are read off sample tensors",
-                         try_='sample_inputs={"input_ids": torch.zeros(8, 128, dtype=torch.long)}')
+        raise InputError(
+            "sample_inputs hold no tensor",
+            where=f"sample_inputs: {sample_inputs!r}"[:120],
+            why="shapes and dtypes of the inputs are read off sample tensors",
+            try_='sample_inputs={"input_ids": torch.zeros(8, 128, dtype=torch.long)}',
+        )
     devices = {str(tensor.device) for _, tensor in call.leaves}
     if len(devices) > 1:
         listing = ", ".join(f"{path}: {tensor.device}" for path, tensor in call.leaves)
-        raise InputError("sample_inputs lie on several devices", where=listing, why="one call must have its inputs on one device",
-                         try_="move them all to one device; meta will do")
+        raise InputError(
+            "sample_inputs lie on several devices",
+            where=listing,
+            why="one call must have its inputs on one device",
+            try_="move them all to one device; meta will do",
+        )
     return call
 
 
@@ -273,8 +311,10 @@ class Selection:
         self.paths = tuple(leaves[i][0] for i in self.kept)
         tensors = [leaves[i][1] for i in self.kept]
         losses = any(t.is_floating_point() and t.dim() == 0 for t in tensors)
-        keep = [_named(p, self.differentiable) if self.differentiable is not None else t.is_floating_point() and (t.dim() == 0 or not losses)
-                for p, t in zip(self.paths, tensors, strict=True)]
+        keep = [
+            _named(p, self.differentiable) if self.differentiable is not None else t.is_floating_point() and (t.dim() == 0 or not losses)
+            for p, t in zip(self.paths, tensors, strict=True)
+        ]
         return tuple(t if k else t.detach() for t, k in zip(tensors, keep, strict=True))
 
     def unpack(self, values: list[Any]) -> Any:
@@ -298,5 +338,9 @@ def _check_names(option: str, names: tuple[str, ...] | None, leaves: list[tuple[
     for name in names or ():
         if not any(_named(path, (name,)) for path, _ in leaves):
             known = ", ".join(path for path, _ in leaves[:8])
-            raise InputError(f"{option}: the model has no output {name!r}", where=f"{option}={names!r}", why=f"its outputs are {known}",
-                             try_=f"{option}=({leaves[0][0]!r},)")
+            raise InputError(
+                f"{option}: the model has no output {name!r}",
+                where=f"{option}={names!r}",
+                why=f"its outputs are {known}",
+                try_=f"{option}=({leaves[0][0]!r},)",
+            )

@@ -40,8 +40,9 @@ def export(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> fx.GraphM
         return torch.export.export(module, args, strict=False).module(check_guards=False)
 
 
-def joint(module: fx.GraphModule, args: tuple[torch.Tensor, ...],
-          decompositions: dict[Any, Callable[..., Any]]) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple], list[tuple]]:
+def joint(
+    module: fx.GraphModule, args: tuple[torch.Tensor, ...], decompositions: dict[Any, Callable[..., Any]]
+) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple], list[tuple]]:
     """Forward and backward in one graph.
 
     Returns the graph, the tensors its `get_attr` nodes name, and what its ends are, in order. Ends: ("param", name), ("buffer",

@@ -1,0 +1,221 @@
+"""The ops of our own against eager torch: values, gradients, and that blocks of a tensor agree with the whole."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from netmind_autopar.kernels import DIRECT
+from netmind_autopar.kernels.counter import keep_mask
+
+ops = torch.ops.autopar
+TINY = 1e-12
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = TINY) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert not a.numel() or float((a - b).detach().abs().max()) <= tolerance * max(1.0, float(b.detach().abs().max()))
+
+
+def heads(b: int, h: int, s: int, d: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(b, s, h, d, dtype=dtype).transpose(1, 2).requires_grad_()
+
+
+def a_mask(kind: str, s: int, t: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    seen = torch.rand(2, 1, s, t) > 0.3
+    seen[..., 0] = True
+    if kind == "bool":
+        return seen
+    if kind == "bool 2d":
+        return seen[0, 0]
+    return torch.randn(2, 4, s, t, dtype=torch.float64).masked_fill(~seen, -float("inf"))
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "bool 2d", "added"])
+@pytest.mark.parametrize(("kv_heads", "s", "t", "e"), [(4, 6, 6, 8), (2, 6, 6, 8), (1, 5, 7, 8), (4, 6, 6, 5), (4, 1, 9, 8)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention(mask: str, kv_heads: int, s: int, t: int, e: int, causal: bool) -> None:
+    if causal and mask != "none":
+        pytest.skip("eager refuses both")
+    torch.manual_seed(0)
+    q, k, v = heads(2, 4, s, 8), heads(2, kv_heads, t, 8), heads(2, kv_heads, t, e)
+    given = a_mask(mask, s, t)
+    args = (q, k, v, given, None, causal, 0.3, 0.0, 0, 0, 0, 4)
+    out, lse = ops.attention(*args)
+    expected = F.scaled_dot_product_attention(q, k, v, given, 0.0, causal, scale=0.3, enable_gqa=kv_heads != 4)
+    close(out, expected)
+    assert lse.shape == (2, 4, s) and not lse.requires_grad
+    grad = torch.randn_like(out)
+    for mine, eager in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad), strict=True):
+        close(mine, eager)
+    if t != 7 and (mask != "added" or s == 1):  # a sample: it is slow
+        return
+    torch.library.opcheck(ops.attention.default, args)
+    detached = [x.detach() for x in (grad, q, k, v, out, lse)]
+    torch.library.opcheck(ops.attention_backward.default, (*detached, *args[3:]))
+
+
+def test_attention_in_bfloat16_and_float32() -> None:
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+        q, k, v = (heads(2, 4, 16, 8, dtype) for _ in range(3))
+        out, lse = ops.attention(q, k, v, None, None, True, 0.3, 0.0, 0, 0, 0, 4)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+        close(out, expected, tolerance)
+        assert lse.dtype == torch.float32
+        for mine, eager in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
+            close(mine, eager, 2 * tolerance)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_row_that_sees_nothing_is_zero(p: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = (heads(2, 4, 6, 8) for _ in range(3))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[0, :, 2] = False
+    out, lse = ops.attention(q, k, v, mask, torch.tensor(1), False, 0.3, p, 0, 0, 0, 4)
+    assert out.isfinite().all() and lse.isfinite().all() and (out[0, :, 2] == 0).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads) and (grads[0][0, :, 2] == 0).all()
+
+
+def test_attention_dropout_is_its_own_derivative() -> None:
+    torch.manual_seed(0)
+    q, k, v = heads(2, 4, 5, 3), heads(2, 2, 6, 3), heads(2, 2, 6, 3)
+    seed = torch.tensor(7)
+
+    def run(*x: Tensor) -> Tensor:
+        return ops.attention(*x, None, seed, True, 0.5, 0.4, 3, 0, 0, 4)[0]
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+    torch.library.opcheck(ops.attention.default, (q, k, v, None, seed, True, 0.5, 0.4, 3, 0, 0, 4))
+
+
+def test_attention_dropout_of_blocks() -> None:
+    """Split over batch and heads, each block draws what the whole draws there; key heads split with their query heads."""
+    torch.manual_seed(0)
+    q, k, v = heads(4, 6, 5, 3).detach(), heads(4, 3, 5, 3).detach(), heads(4, 3, 5, 3).detach()
+    seed = torch.tensor(11)
+    whole, _ = ops.attention(q, k, v, None, seed, True, 0.5, 0.5, 2, 0, 0, 6)
+    for b, h in itertools.product(range(0, 4, 2), range(3)):
+        part = (slice(b, b + 2), slice(2 * h, 2 * h + 2)), (slice(b, b + 2), slice(h, h + 1))
+        block, _ = ops.attention(q[part[0]], k[part[1]], v[part[1]], None, seed, True, 0.5, 0.5, 2, b, 2 * h, 6)
+        close(block, whole[part[0]])
+    plain, _ = ops.attention(q, k, v, None, None, True, 0.5, 0.0, 0, 0, 0, 6)
+    assert not torch.allclose(whole, plain)
+
+
+def test_attention_with_a_learned_mask_is_refused() -> None:
+    q, k, v = (heads(1, 2, 3, 4) for _ in range(3))
+    with pytest.raises(NotImplementedError):
+        ops.attention(q, k, v, torch.zeros(3, 3, dtype=torch.float64, requires_grad=True), None, False, 0.5, 0.0, 0, 0, 0, 2)
+
+
+def test_dropout_values_and_backward() -> None:
+    x = torch.randn(64, 33, dtype=torch.float64, requires_grad=True)
+    args = (x, torch.tensor(5), 0.25, 4, [64, 33], [0, 0], [64, 33])
+    y = ops.dropout(*args)
+    kept = y != 0
+    close(y, x.detach() * kept / 0.75)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    close(grad, kept.double() / 0.75)
+    assert torch.equal(y, ops.dropout(*args))
+    torch.library.opcheck(ops.dropout.default, args)
+    assert (ops.dropout(x, torch.tensor(5), 1.0, 4, [64, 33], [0, 0], [64, 33]) == 0).all()
+
+
+def bits(seed: int, salt: int, p: float, n: int) -> Tensor:
+    return keep_mask(torch.tensor(seed), salt, p, [n], [0], [n]).double()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_kept_share_and_independence(p: float) -> None:
+    """Mean within 4 standard deviations; no correlation between neighbours, rows, salts and seeds beyond 4 of theirs."""
+    n = 1 << 20
+    bound = 4 / n**0.5
+    first = bits(3, 0, p, n)
+    assert abs(first.mean() - (1 - p)) < bound * (p * (1 - p)) ** 0.5
+    z = (first - first.mean()) / first.std()
+    for lag in (1, 2, 3, 64, 768, 1024, 4096):
+        assert abs((z * z.roll(lag)).mean()) < bound, lag
+    for other in (bits(3, 1, p, n), bits(4, 0, p, n), bits(3 + (1 << 32), 0, p, n), bits(0, 3, p, n)):
+        assert abs((z * (other - other.mean()) / other.std()).mean()) < bound
+    blocks = first.view(-1, 64).mean(1)  # the spread of block means tells clumping
+    assert float(blocks.std() / (p * (1 - p) / 64) ** 0.5) == pytest.approx(1, abs=0.03)
+
+
+def test_blocks_draw_what_the_whole_draws() -> None:
+    seed, parts = torch.tensor(9), (6, 5, 8, 3)
+    whole = keep_mask(seed, 2, 0.4, parts, (0,) * 4, parts)
+    for starts, lengths in (((2, 0, 0, 0), (3, 5, 8, 3)), ((0, 1, 4, 0), (6, 2, 4, 3)), ((5, 4, 7, 2), (1, 1, 1, 1)), ((0, 0, 0, 1), (6, 5, 8, 2))):
+        block = keep_mask(seed, 2, 0.4, parts, starts, lengths)
+        assert torch.equal(block, whole[tuple(slice(s, s + n) for s, n in zip(starts, lengths, strict=True))])
+    assert torch.equal(keep_mask(seed, 2, 0.4, (720,), (0,), (720,)), whole.view(-1))  # the parts do not matter, the position does
+    assert keep_mask(seed, 2, 0.4, (), (), ()).shape == (1,)
+    assert keep_mask(seed, 2, 0.4, (4, 3), (0, 0), (0, 3)).shape == (0, 3)
+
+
+def test_beyond_four_billion_elements() -> None:
+    """Rows that cross 2^32 draw the same whether they are asked for alone or with their neighbours."""
+    seed, parts = torch.tensor(9), (1 << 20, 8000)
+    row = (1 << 32) // 8000
+    block = keep_mask(seed, 0, 0.5, parts, (row - 2, 0), (4, 8000))
+    for i in range(4):
+        assert torch.equal(block[i], keep_mask(seed, 0, 0.5, parts, (row - 2 + i, 0), (1, 8000))[0])
+    late = keep_mask(seed, 0, 0.5, parts, (row + 2, 0), (1, 8000)).double()
+    early = keep_mask(seed, 0, 0.5, parts, (2, 0), (1, 8000)).double()
+    assert abs(float(((late - 0.5) * (early - 0.5)).mean()) * 4) < 4 / 8000**0.5
+
+
+@pytest.mark.parametrize("padding", [-1, 3])
+def test_embedding(padding: int) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(0, 11, (3, 5))
+    out = ops.embedding(table, index, 0, padding)
+    expected = F.embedding(index, table, None if padding < 0 else padding)
+    close(out, expected)
+    grad = torch.randn_like(out)
+    close(torch.autograd.grad(out, table, grad)[0], torch.autograd.grad(expected, table, grad)[0])
+    torch.library.opcheck(ops.embedding.default, (table, index, 0, padding))
+    torch.library.opcheck(ops.embedding_backward.default, (grad, index, 11, 0, padding))
+    parts = [(0, 4), (4, 4), (8, 3)]
+    close(sum(ops.embedding(table[s : s + n], index, s, padding) for s, n in parts), expected)
+    whole = ops.embedding_backward(grad, index, 11, 0, padding)
+    close(torch.cat([ops.embedding_backward(grad, index, n, s, padding) for s, n in parts]), whole)
+
+
+def test_nll_loss() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 4, -100, 2, 2, -100, 1])
+    logp = torch.log_softmax(logits, 1)
+    total, count = ops.nll_loss(logp, target, -100)
+    assert count == 5
+    close(total / count, F.cross_entropy(logits, target))
+    mine = torch.autograd.grad(total / count, logits, retain_graph=True)[0]
+    close(mine, torch.autograd.grad(F.cross_entropy(logits, target), logits)[0])
+    torch.library.opcheck(ops.nll_loss.default, (logp.detach().requires_grad_(), target, -100))
+    torch.library.opcheck(ops.nll_loss_backward.default, (torch.tensor(2.0), target, 5, -100))
+    assert ops.nll_loss(logp, torch.full((7,), -100), -100)[1] == 0
+
+
+def test_direct_is_the_op() -> None:
+    """What callers may use in place of the dispatcher computes the same, and every op of the namespace is there."""
+    assert {op._schema.name.split("::")[1] for op in DIRECT} == {"attention", "attention_backward", "dropout", "embedding", "embedding_backward",
+                                                                 "nll_loss", "nll_loss_backward"}
+    x: dict[str, tuple[Any, ...]] = {
+        "dropout": (torch.randn(4, 4), torch.tensor(1), 0.5, 0, [4, 4], [0, 0], [4, 4]),
+        "embedding": (torch.randn(5, 2), torch.tensor([0, 4, 7]), 1, -1),
+    }
+    for op, function in DIRECT.items():
+        name = op._schema.name.split("::")[1]
+        if name in x:
+            assert torch.equal(op(*x[name]), function(*x[name]))
