@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["AutoparError", "Mesh", "ParallelModule", "Plan", "Report", "autoparallelize", "plan", "verify"]
 __version__ = "0.1.0"
 
-_HOMES = {"autoparallelize": "api", "plan": "api", "AutoparError": "ir.errors", "Mesh": "ir.mesh", "Plan": "ir.plan",
-          "ParallelModule": "runtime.module", "Report": "verification", "verify": "verification"}
+_HOMES = {
+    "autoparallelize": "api",
+    "plan": "api",
+    "AutoparError": "ir.errors",
+    "Mesh": "ir.mesh",
+    "Plan": "ir.plan",
+    "ParallelModule": "runtime.module",
+    "Report": "verification",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:

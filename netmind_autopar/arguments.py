@@ -41,16 +41,25 @@ def running_mesh(mesh: DeviceMesh | str) -> DeviceMesh:
     """
     if isinstance(mesh, DeviceMesh):
         if mesh.get_coordinate() is None:
-            raise MeshError("this process is not part of the mesh", where=str(mesh), try_="build the mesh over all processes that call autoparallelize")
+            raise MeshError(
+                "this process is not part of the mesh", where=str(mesh), try_="build the mesh over all processes that call autoparallelize"
+            )
         return mesh
     if not isinstance(mesh, str):
-        raise MeshError(f"the mesh is a {type(mesh).__name__}", why="a mesh is a DeviceMesh or text", try_='init_device_mesh("cpu", (2, 2)) or "dp=2,tp=2"')
+        raise MeshError(
+            f"the mesh is a {type(mesh).__name__}",
+            why="a mesh is a DeviceMesh or text",
+            try_='init_device_mesh("cpu", (2, 2)) or "dp=2,tp=2"',
+        )
     axes = parse_axes(mesh)
     need = math.prod(n for _, n in axes)
     have = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if need != have:
-        raise MeshError(f"the mesh {mesh} has {need} devices, and {have} process{'es' if have > 1 else ''} run", why="one process drives one device",
-                        try_=f"torchrun --nproc-per-node {need} …, or a mesh of {have}")
+        raise MeshError(
+            f"the mesh {mesh} has {need} devices, and {have} process{'es' if have > 1 else ''} run",
+            why="one process drives one device",
+            try_=f"torchrun --nproc-per-node {need} …, or a mesh of {have}",
+        )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if not dist.is_initialized():
         _start(have, "nccl" if kind == "cuda" else "gloo")

@@ -21,7 +21,14 @@ def from_rank_zero(make: Callable[[], str]) -> str:
         except AutoparError as e:
             box[0] = ("error", type(e).__name__, e.what, e.where, e.why, e.try_)
         except Exception as e:
-            box[0] = ("error", "AutoparError", f"{type(e).__name__}: {e}", "", "an internal error on rank 0", "report it with AUTOPAR_DEBUG=1")
+            box[0] = (
+                "error",
+                "AutoparError",
+                f"{type(e).__name__}: {e}",
+                "",
+                "an internal error on rank 0",
+                "report it with AUTOPAR_DEBUG=1",
+            )
     dist.broadcast_object_list(box, src=0)
     return _answer(box[0])
 
@@ -34,7 +41,9 @@ def all_alike(what: str, text: str, *, why: str, try_: str) -> None:
     dist.all_gather_object(found, text)
     odd = [rank for rank, other in enumerate(found) if other != found[0]]
     if odd:
-        raise MeshError(f"{what} differs between ranks", where=f"rank 0 has {found[0]}, rank {odd[0]} has {found[odd[0]]}", why=why, try_=try_)
+        raise MeshError(
+            f"{what} differs between ranks", where=f"rank 0 has {found[0]}, rank {odd[0]} has {found[odd[0]]}", why=why, try_=try_
+        )
 
 
 def together(make: Callable[[], object]) -> object:

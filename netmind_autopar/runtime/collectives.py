@@ -143,8 +143,15 @@ def _recast(a: Spec, b: Spec, axis: int, sizes: tuple[int, ...], coord: tuple[in
     return Stage(_same, _same)
 
 
-_BUILDERS = {"all_gather": _gather, "reduce_scatter": _reduce_scatter, "all_reduce": _all_reduce, "all_to_all": _all_to_all,
-             "slice": _slice, "mask": _mask, "recast": _recast}
+_BUILDERS = {
+    "all_gather": _gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_reduce": _all_reduce,
+    "all_to_all": _all_to_all,
+    "slice": _slice,
+    "mask": _mask,
+    "recast": _recast,
+}
 
 
 def bucket_stage(shapes: tuple[tuple[int, ...], ...], axis: int, op: str) -> tuple[Stage, Callable[[Tensor], tuple[Tensor, ...]]]:

@@ -42,8 +42,18 @@ class Executable:
     def of(cls, lowered: Program, source: str, inference_source: Callable[[], str], *, training: bool) -> Executable:
         """From a lowered program: `specs` of its placeholders, `expects` of its results."""
         specs = tuple(lowered.specs[i.node] for i in lowered.inputs)
-        return cls(source, inference_source, lowered.inputs, lowered.outputs, specs, lowered.expects["output"],  # type: ignore[arg-type]
-                   lowered.signature, lowered.constants, lowered.tied, training)
+        return cls(
+            source,
+            inference_source,
+            lowered.inputs,
+            lowered.outputs,
+            specs,
+            lowered.expects["output"],  # type: ignore[arg-type]
+            lowered.signature,
+            lowered.constants,
+            lowered.tied,
+            training,
+        )
 
 
 class ParallelModule(nn.Module):
@@ -52,7 +62,9 @@ class ParallelModule(nn.Module):
     Parameters are DTensors, buffers whole tensors. Parameters and buffers start as rank 0's. Call it on all ranks alike.
     """
 
-    def __init__(self, executable: Executable, model: nn.Module, plan: Plan, device_mesh: DeviceMesh, *, gather_outputs: bool = False) -> None:
+    def __init__(
+        self, executable: Executable, model: nn.Module, plan: Plan, device_mesh: DeviceMesh, *, gather_outputs: bool = False
+    ) -> None:
         super().__init__()
         self._executable, self._plan, self._mesh, self._gather = executable, plan, device_mesh, gather_outputs
         sizes, coord = tuple(device_mesh.shape), tuple(device_mesh.get_coordinate() or ())
@@ -98,9 +110,11 @@ class ParallelModule(nn.Module):
         depends = any(i.role == "seed" for i in self._executable.inputs) or any(o.role == "mutation" for o in self._executable.outputs)
         if depends and self.training != self._executable.training:
             had, now = ("train", "eval") if self._executable.training else ("eval", "train")
-            raise InputError(f"the module was captured in {had} mode and is called in {now} mode",
-                             why="dropout and batch norm compute something else there, so it needs a graph of its own",
-                             try_=f"call autoparallelize again after model.{now}() and load this module's state_dict into it")
+            raise InputError(
+                f"the module was captured in {had} mode and is called in {now} mode",
+                why="dropout and batch norm compute something else there, so it needs a graph of its own",
+                try_=f"call autoparallelize again after model.{now}() and load this module's state_dict into it",
+            )
 
     def _user_inputs(self, args: tuple, kwargs: dict) -> list[Tensor]:
         given = self._executable.signature.pack(args, kwargs)
@@ -110,9 +124,11 @@ class ParallelModule(nn.Module):
                 value = value.full_tensor() if spec == spec.replicated else value.to_local()
             want = local_shape(spec, self._place.sizes, self._place.coord)
             if tuple(value.shape) != want or value.dtype != spec.dtype:
-                raise ShapeError(f"the input {item.name!r} is {_show(value.shape, value.dtype)}, the plan was made for {_show(want, spec.dtype)}",
-                                 why="a plan fixes every shape",
-                                 try_="pad the batch to the planned shape, or call autoparallelize with sample inputs of this shape")
+                raise ShapeError(
+                    f"the input {item.name!r} is {_show(value.shape, value.dtype)}, the plan was made for {_show(want, spec.dtype)}",
+                    why="a plan fixes every shape",
+                    try_="pad the batch to the planned shape, or call autoparallelize with sample inputs of this shape",
+                )
             out.append(value.to(self._place.device))
         return out
 
@@ -148,8 +164,9 @@ class ParallelModule(nn.Module):
         for name, buffer in buffers.items():
             _attach(self, name, _broadcast(name, buffer, device), persistent=name not in hidden)
 
-    def _distribute(self, name: str, parameter: Tensor, spec: Spec | None, sizes: tuple[int, ...], coord: tuple[int, ...],
-                    device: torch.device) -> nn.Parameter:
+    def _distribute(
+        self, name: str, parameter: Tensor, spec: Spec | None, sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device
+    ) -> nn.Parameter:
         full = _broadcast(name, parameter, device)
         if spec is None:  # a parameter that the computation never uses
             local, placements = full, [TorchReplicate()] * len(sizes)
@@ -199,18 +216,24 @@ class _Step(torch.autograd.Function):
             elif any(value is t for t in owners):
                 value = value.clone()
             out.append(value)
-        ctx.mark_non_differentiable(*[v for v, o in zip(out, roles.results, strict=True) if o.role == "mutation" or not v.is_floating_point()])
+        ctx.mark_non_differentiable(
+            *[v for v, o in zip(out, roles.results, strict=True) if o.role == "mutation" or not v.is_floating_point()]
+        )
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         pm, roles = ctx.pm, ctx.pm._roles
         if ctx.saved is None:
-            raise AutoparError("backward was called twice on one forward", why="what forward saved is freed as backward uses it",
-                               try_="run the forward again, or add the losses up and call backward once")
+            raise AutoparError(
+                "backward was called twice on one forward",
+                why="what forward saved is freed as backward uses it",
+                try_="run the forward again, or add the losses up and call backward once",
+            )
         if any(t._version != version for t, version in ctx.versions):
-            raise AutoparError("a parameter or input was changed in place between forward and backward",
-                               try_="call optimizer.step() after backward()")
+            raise AutoparError(
+                "a parameter or input was changed in place between forward and backward", try_="call optimizer.step() after backward()"
+            )
         tangents = _tangents(pm, grads)
         saved, ctx.saved = ctx.saved, None
         results = pm._backward(saved, *tangents)
@@ -229,9 +252,11 @@ def _tangents(pm: ParallelModule, grads: Sequence[Tensor | None]) -> list[Tensor
     for o in roles.results:
         if o.role == "output" and o.index in arrived and o.index not in planned:
             names = [*(r.name for r in roles.results if r.role == "output" and r.index in planned), o.name]
-            raise InputError(f"a gradient arrived at the output {o.name!r}, for which no backward was planned",
-                             why="backward is planned for the loss alone unless asked otherwise",
-                             try_=f"autoparallelize(..., differentiable={tuple(names)!r})")
+            raise InputError(
+                f"a gradient arrived at the output {o.name!r}, for which no backward was planned",
+                why="backward is planned for the loss alone unless asked otherwise",
+                try_=f"autoparallelize(..., differentiable={tuple(names)!r})",
+            )
     out: list[Tensor] = []
     for item, spec in roles.tangents:
         grad = arrived.get(item.index)
@@ -260,8 +285,11 @@ def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape
 def _broadcast(name: str, tensor: Tensor, device: torch.device) -> Tensor:
     """Rank 0's values of a parameter or buffer, as a fresh tensor on `device`."""
     if tensor.is_meta:
-        raise InputError(f"{name!r} lies on the meta device and has no values", why="running a plan needs weights; planning does not",
-                         try_="build the model on the CPU, or load its weights first")
+        raise InputError(
+            f"{name!r} lies on the meta device and has no values",
+            why="running a plan needs weights; planning does not",
+            try_="build the model on the CPU, or load its weights first",
+        )
     full = tensor.detach().to(device, copy=True).contiguous()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(full.view(torch.uint8) if full.dtype == torch.bool else full, src=0)

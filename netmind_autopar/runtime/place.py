@@ -17,8 +17,15 @@ from .collectives import LOCAL_KINDS, ProcessWire, bucket_stage, stage
 class Place:
     """What `build(place)` of an emitted file gets."""
 
-    def __init__(self, axes: Sequence[str], sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device, wire: ProcessWire,
-                 constants: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        axes: Sequence[str],
+        sizes: tuple[int, ...],
+        coord: tuple[int, ...],
+        device: torch.device,
+        wire: ProcessWire,
+        constants: Mapping[str, Tensor],
+    ) -> None:
         self.axes, self.sizes, self.coord, self.device, self.wire = tuple(axes), sizes, coord, device, wire
         self._constants = {name: t.to(device) for name, t in constants.items()}
 

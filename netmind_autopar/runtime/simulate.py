@@ -21,7 +21,9 @@ PerRank = list[Any]  # one entry per rank: a tensor, or a tuple of tensors
 Observer = Callable[[fx.Node, PerRank], None]
 
 
-def run(program: Program, sizes: tuple[int, ...], inputs: Mapping[str, Sequence[Tensor]], observe: Observer | None = None) -> list[list[Tensor]]:
+def run(
+    program: Program, sizes: tuple[int, ...], inputs: Mapping[str, Sequence[Tensor]], observe: Observer | None = None
+) -> list[list[Tensor]]:
     """Run every rank of a lowered program.
 
     inputs:  per placeholder name the local tensors of all ranks, in rank order.
