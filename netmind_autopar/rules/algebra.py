@@ -61,8 +61,8 @@ class Rule:
     fixed:   letters that are never split.
     reduce:  what a vanished letter is reduced with.
     adjust:  how the call's non-tensor arguments follow the local shapes: pairs (argument position or keyword, what), where
-             what is "shape" (the local shape of output 0), "size:L" (local size of letter L) or "start:L" (where the
-             local piece of letter L begins).
+             what is "shape", "parts", "starts" or "lengths" (of the local output 0), "size:a*b*3" (local sizes of letters and
+             numbers, multiplied) or "start:a*3" (where the local piece of a letter begins, times a number).
     """
 
     inputs: tuple[Term, ...]
