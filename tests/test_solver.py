@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
 
+from netmind_autopar.solver import milp, search
+from netmind_autopar.solver.memory import Moments
+from netmind_autopar.solver.presolve import reduce
 from netmind_autopar.solver.problem import Consumer, Node, Problem, Value, evaluate
-from netmind_autopar.solver.search import solve_problem
+from netmind_autopar.solver.search import least_peak, solve_problem
 from netmind_autopar.solver.shard import solve_ilp
 
 
@@ -69,7 +73,7 @@ def random_problem(seed: int, nodes: int = 6) -> Problem:
 
 def limited(problem: Problem, seed: int) -> Problem:
     """With a limit somewhere between the least possible peak and the peak of the unlimited optimum (when they differ)."""
-    best, choice = brute_force(problem)
+    _, choice = brute_force(problem)
     if choice is None:
         return problem
     low, high = smallest_peak(problem), evaluate(problem, choice)[1]
@@ -95,14 +99,60 @@ def test_ilp_equals_brute_force(seed, binding):
 
 @pytest.mark.parametrize("seed", range(50))
 @pytest.mark.parametrize("binding", [False, True])
-def test_bounds_and_pruning_lose_nothing(seed, binding):
+def test_bounds_and_pruning_lose_nothing(seed, binding, monkeypatch):
+    monkeypatch.setattr(search, "SMALL_CELLS", 0)  # so that memory is priced and strategies are pruned, however small the problem
     problem = random_problem(seed + 1000)
     if binding:
         problem = limited(problem, seed)
     best, _ = brute_force(problem)
-    found = solve_problem(problem, gap=1e-6)
+    found = solve_problem(problem, gap=1e-5)
     if best == math.inf:
         assert found.status == "infeasible"
         return
     assert found.seconds == pytest.approx(best, rel=1e-6, abs=1e-12) and found.status == "optimal"
     assert found.bound <= best * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(0, 50, 5))
+def test_presolve_keeps_an_optimum(seed):
+    problem = limited(random_problem(seed), seed)
+    best, _ = brute_force(problem)
+    kept = reduce(problem)
+    if best == math.inf:
+        return
+    inside = [evaluate(problem, c) for c in itertools.product(*kept)]
+    assert min(cost for cost, peak, _ in inside if problem.limit_bytes is None or peak <= problem.limit_bytes) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_least_peak_is_the_least(seed):
+    problem = random_problem(seed + 2000)
+    kept = reduce(problem)
+    if not all(kept) or brute_force(problem)[0] == math.inf:
+        return
+    peak, bound, choice = least_peak(problem, kept, Moments(problem), time.monotonic() + 20)
+    assert evaluate(problem, choice)[1] == peak
+    assert bound <= smallest_peak(problem) * (1 + 1e-6) and peak <= smallest_peak(problem) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cbc_agrees(seed, monkeypatch):
+    problem = limited(random_problem(seed + 3000), seed)
+    best, _ = brute_force(problem)
+    real = milp.solve
+    monkeypatch.setattr(milp, "solve", lambda *a, **k: real(*a, **{**k, "cbc": True}))
+    assert solve_problem(problem, gap=1e-5).seconds == pytest.approx(best, rel=1e-5)
+
+
+def test_time_limit_is_labelled_and_its_gap_is_true():
+    """A knapsack-like problem, cut off at once: the status is feasible and the bound still holds."""
+    rng = np.random.default_rng(0)
+    nodes = tuple(Node(f"n{i}", tuple("abc"), rng.uniform(1, 2, 3), rng.integers(100, 1000, 3)) for i in range(60))
+    problem = Problem(nodes, (), limit_bytes=60 * 420)
+    keep = [range(3)] * 60
+    start = tuple(int(np.argmin(n.resident)) for n in nodes)
+    cut = solve_ilp(problem, keep, time_limit=0.0, gap=0.0, incumbent=start)
+    best = solve_ilp(problem, keep, time_limit=20, gap=1e-4)
+    assert best.status == "optimal" and evaluate(problem, best.choice)[1] <= problem.limit_bytes
+    assert cut.bound <= best.seconds <= cut.seconds
+    assert cut.status == ("optimal" if cut.seconds - cut.bound <= 1e-15 else "feasible")

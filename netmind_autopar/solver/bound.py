@@ -1,8 +1,8 @@
 """Lower bounds and good plans without an ILP, so that the ILP which follows is small.
 
 The problem is relaxed to nodes and pairs: a conversion that a group of consumers shares is charged to each of them in part, which
-together never exceeds its price; where one of them has no use for its part it is moved to the others. Moments of memory may carry a price λ_m (seconds per byte), charged in the same manner, which turns the
-limit into a term -Σ λ_m limit. The relaxation
+together never exceeds its price; where one of them has no use for its part it is moved to the others. Moments of memory may carry
+a price λ_m (seconds per byte), charged in the same manner, which turns the limit into a term -Σ λ_m limit. The relaxation
 
     min_x Σ_i θ_i(x_i) + Σ_ij θ_ij(x_i, x_j)   ≥   Σ_i min θ_i + Σ_ij min θ_ij
 

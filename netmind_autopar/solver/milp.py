@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pulp
@@ -39,12 +39,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Result:
-    """`values` is None when no solution was found. `bound` is proven: no solution costs less."""
+    """`values` is None when no solution was found. `bound` is proven: no solution costs less. `duals`: per row, of a relaxed model."""
 
     status: str
     values: np.ndarray | None
     objective: float
     bound: float
+    duals: np.ndarray | None = None
 
 
 def solver_name() -> str:
@@ -54,11 +55,14 @@ def solver_name() -> str:
     return f"{name} {version}".strip() + f" (PuLP {importlib.metadata.version('PuLP')})"
 
 
-def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False) -> Result:
-    """Solve to a relative `gap` within `time_limit` seconds. CBC is used when HiGHS is missing or `cbc` is set."""
+def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False, relax: bool = False) -> Result:
+    """Solve to a relative `gap` within `time_limit` seconds. CBC is used when HiGHS is missing or `cbc` is set.
+
+    relax: binary variables may take any value from 0 to 1.
+    """
     if not model.cost:
         return Result(OPTIMAL, np.zeros(0), 0.0, 0.0)
-    problem, variables = _to_pulp(model)
+    problem, variables = _to_pulp(model, relax)
     highs = not cbc and pulp.HiGHS(msg=False).available()
     if highs:
         solver = pulp.HiGHS(msg=False, threads=THREADS, timeLimit=max(time_limit, 0.1), gapRel=gap, gapAbs=0.0, random_seed=0)
@@ -70,12 +74,19 @@ def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False) -> 
         if highs and problem.solverModel is not None and str(problem.solverModel.getModelStatus()).endswith("Infeasible"):
             return Result(INFEASIBLE, None, math.inf, math.inf)
         raise SolverError("the ILP solver failed", why=str(e), try_="raise time_limit, or reinstall highspy") from None
-    return _result(problem, variables, highs, model, gap)
+    found = _result(problem, variables, highs, model, gap)
+    return replace(found, duals=_duals(problem, len(model.rows))) if relax and found.values is not None else found
 
 
-def _to_pulp(model: Model) -> tuple[pulp.LpProblem, list[pulp.LpVariable]]:
+def _duals(problem: pulp.LpProblem, rows: int) -> np.ndarray:
+    """How much the objective falls when a row is relaxed by one, per row; 0 for rows that do not bind."""
+    found = problem.constraintsDict() if hasattr(problem, "constraintsDict") else problem.constraints
+    return np.array([sum(abs(found[f"{kind}{i}"].pi or 0.0) for kind in "eul" if f"{kind}{i}" in found) for i in range(rows)])
+
+
+def _to_pulp(model: Model, relax: bool = False) -> tuple[pulp.LpProblem, list[pulp.LpVariable]]:
     problem = pulp.LpProblem("autopar", pulp.LpMinimize)
-    kinds = (pulp.LpContinuous, pulp.LpBinary)
+    kinds = (pulp.LpContinuous, pulp.LpContinuous if relax else pulp.LpBinary)
     variables = [pulp.LpVariable(f"v{i}", 0, None if not b else 1, kinds[b]) for i, b in enumerate(model.binary)]
     problem.addVariables(variables)
     problem.setObjective(pulp.LpAffineExpression([(v, c) for v, c in zip(variables, model.cost, strict=True) if c]))
@@ -97,7 +108,7 @@ def _result(problem: pulp.LpProblem, variables: list[pulp.LpVariable], highs: bo
     bound = -math.inf
     info = problem.solverModel.getInfo() if highs else None
     if info is not None:
-        bound = info.mip_dual_bound if any(model.binary) else info.objective_function_value
+        bound = info.mip_dual_bound if problem.isMIP() else info.objective_function_value
     if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return Result(UNKNOWN, None, math.inf, bound)
     values = np.array([v.varValue or 0.0 for v in variables])

@@ -24,11 +24,13 @@ from .bound import Local, Relaxed, prune
 from .memory import Moments, crowded
 from .presolve import Kept, cells, reduce
 from .problem import Choice, Problem, evaluate, profile
-from .shard import Shard, Solution, solve_ilp
+from .shard import Shard, Solution, dual_prices, solve_ilp
 
 MOST_CELLS = 16_000  # pairs of states that the ILP is built for
 PROBE_CELLS = 8_000  # and those of an ILP on the way, in these rounds of bounding:
 PROBES = (1, 3, 7, 15)
+SMALL_CELLS = 1_500  # an ILP of this size is solved as it is
+DUAL_CELLS = (4_000, 8_000, 12_000)  # of the LPs that price memory
 
 
 @dataclass
@@ -40,6 +42,13 @@ class State:
     best_s: float = math.inf
     bound: float = -math.inf
     excess: list[np.ndarray] | None = None
+
+    @property
+    def scale(self) -> float:
+        """Seconds of about the objective's size."""
+        if 0 < self.best_s < math.inf:
+            return self.best_s
+        return self.bound if self.bound > 0 else 1.0
 
     def offer(self, problem: Problem, choice: Choice) -> bool:
         """Keep `choice` if it fits and is cheaper."""
@@ -99,8 +108,7 @@ def _prune(state: State, relaxed: Relaxed, bound: float) -> None:
 def _probe(problem: Problem, state: State, deadline: float) -> None:
     """A better plan from the ILP over the most promising strategies: the cheaper the plan in hand, the more is pruned."""
     kept, _ = _narrow(problem, state, PROBE_CELLS)
-    scale = state.best_s if 0 < state.best_s < math.inf else 1.0
-    found = solve_ilp(problem, kept, time_limit=max(deadline - time.monotonic(), 1.0) / 4, gap=1e-3, scale=scale, incumbent=state.best)
+    found = solve_ilp(problem, kept, time_limit=max(deadline - time.monotonic(), 1.0) / 4, gap=1e-3, scale=state.scale, incumbent=state.best)
     if found.choice is not None:
         state.offer(problem, found.choice)
 
@@ -112,9 +120,8 @@ def _filtered(excess: list[np.ndarray], old: Kept, new: Kept) -> list[np.ndarray
 def _finish(problem: Problem, state: State, gap: float, deadline: float, moments: tuple[int, ...] = ()) -> Solution:
     """The ILP over what is left, narrowed when that is too much."""
     kept, threshold = _narrow(problem, state)
-    scale = state.best_s if 0 < state.best_s < math.inf else 1.0
     left = max(deadline - time.monotonic(), 1.0)
-    found = solve_ilp(problem, kept, time_limit=left, gap=gap, scale=scale, incumbent=state.best, moments=moments)
+    found = solve_ilp(problem, kept, time_limit=left, gap=gap, scale=state.scale, incumbent=state.best, moments=moments)
     bound = max(state.bound, min(found.bound, state.bound + threshold))
     if found.choice is None:
         status = found.status if threshold == math.inf else milp.UNKNOWN
@@ -151,6 +158,10 @@ def _within_limit(problem: Problem, kept: Kept, first: Solution, gap: float, dea
     """The limit binds: `first` is the best plan without it."""
     assert problem.limit_bytes is not None and first.choice is not None
     state, moments = State(kept, bound=first.bound), Moments(problem)
+    if cells(problem, kept) <= SMALL_CELLS:  # no need to prune
+        found = _finish(problem, state, gap, deadline)
+        if found.choice is not None:
+            return found
     crowd = _price_memory(problem, state, moments, first, deadline)
     if state.best is None:
         peak, least, choice = least_peak(problem, kept, moments, deadline)
@@ -162,30 +173,49 @@ def _within_limit(problem: Problem, kept: Kept, first: Solution, gap: float, dea
     return _finish(problem, state, gap, deadline, crowd)
 
 
-def _price_memory(problem: Problem, state: State, moments: Moments, first: Solution, deadline: float, rounds: int = 14) -> tuple[int, ...]:
-    """Lagrangian search: plans that fit, a bound, pruning. Returns the moments that mattered."""
+def _price_memory(problem: Problem, state: State, moments: Moments, first: Solution, deadline: float) -> tuple[int, ...]:
+    """Lagrangian search: plans that fit, a bound, pruning. Returns the moments that mattered.
+
+    A few rounds of rough prices, then the exact ones: the duals of the memory rows in the LP over the promising strategies.
+    """
     limit, unit = problem.limit_bytes or 0, first.seconds / max(problem.limit_bytes or 0, 1)
     prices: dict[int, float] = {}
+    crowd: set[int] = set()
     choice: Choice = first.choice or ()
     relaxed = Relaxed(problem, state.kept, moments)
-    for round_ in range(rounds):
+    for round_ in range(8):
         _move_prices(prices, profile(problem, choice), limit, unit, 2.0 / (1.0 + 0.5 * round_))
-        relaxed.reprice(prices, limit)
-        local = Local(problem, relaxed.kept, prices, moments)
-        for _ in range(60 if round_ == 0 else 20):
-            relaxed.rebalance()
-            before = relaxed.bound()
-            choice, excess = relaxed.sweep()
-        choice = local.descend(choice)
-        for candidate in (choice, *((local.descend(state.best),) if state.best else ())):
-            state.offer(problem, candidate)
-        if state.excess is None or before > state.bound or state.best is not None:
-            state.bound, state.excess = max(state.bound, before), [e + min(0.0, before - state.bound) for e in excess]
-        if state.best is not None:
-            _prune(state, relaxed, before)
+        crowd |= set(prices)
+        choice = _dual_round(problem, state, relaxed, moments, prices, 60 if round_ == 0 else 20)
         if time.monotonic() > deadline:
+            return tuple(sorted(crowd))
+    for most in DUAL_CELLS:
+        kept, _ = _narrow(problem, state, most)
+        left = max(deadline - time.monotonic(), 1.0)
+        found = dual_prices(problem, kept, sorted(crowd), scale=first.seconds or 1.0, time_limit=left / 4)
+        choice = _dual_round(problem, state, relaxed, moments, found or prices, 100)
+        crowd |= set(crowded(profile(problem, choice), limit, crowd))
+        if time.monotonic() > deadline or cells(problem, state.kept) < most:
             break
-    return tuple(sorted(prices))
+    return tuple(sorted(crowd))
+
+
+def _dual_round(problem: Problem, state: State, relaxed: Relaxed, moments: Moments, prices: dict[int, float], sweeps: int) -> Choice:
+    """Bound, decode and prune under these prices. Returns the plan that the prices ask for."""
+    relaxed.reprice(prices, problem.limit_bytes or 0)
+    local = Local(problem, relaxed.kept, prices, moments)
+    for _ in range(sweeps):
+        relaxed.rebalance()
+        before = relaxed.bound()
+        choice, excess = relaxed.sweep()
+    choice = local.descend(choice)
+    for candidate in (choice, *((local.descend(state.best),) if state.best else ())):
+        state.offer(problem, candidate)
+    if state.excess is None or before >= state.bound or state.best is not None:
+        state.bound, state.excess = max(state.bound, before), [e + min(0.0, before - state.bound) for e in excess]
+    if state.best is not None:
+        _prune(state, relaxed, state.bound if before >= state.bound else before)
+    return choice
 
 
 def _move_prices(prices: dict[int, float], memory: np.ndarray, limit: int, unit: float, step: float) -> None:

@@ -11,8 +11,8 @@
     Σ bytes · live(m) + resident ≤ limit                     at violated moments m only, see memory.py       memory_row
 
 f and y are continuous: with whole x they are whole. A flow with one possible state at either end is the other end's x, so it
-costs no variable; a group of one needs no y. Ties between equal plans are broken by TIE × bytes, at most TIE of the objective in
-all, which is not part of any reported number and is subtracted from the proven bound.
+costs no variable; a group of one needs no y. Ties between equal plans are broken by a price of bytes, at most TIE × scale in all,
+which is not part of any reported number and is subtracted from the proven bound.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Solution:
 class Shard:
     """The ILP of `problem` over the strategies in `keep`, ready for memory rows."""
 
-    def __init__(self, problem: Problem, keep: Keep, scale: float = 1.0, *, peak_only: bool = False) -> None:
-        self.problem, self.keep, self.scale = problem, keep, scale
+    def __init__(self, problem: Problem, keep: Keep, scale: float = 1.0, *, tie: float = TIE, peak_only: bool = False) -> None:
+        self.problem, self.keep, self.scale, self.tie = problem, keep, scale, tie
         self.model = milp.Model()
         self.constant = 0.0
         self.flows: dict[tuple[int, int], dict[tuple[int, int], Expr]] = {}
@@ -184,10 +184,10 @@ class Shard:
             for i, weight in enumerate(weights):
                 for k, expr in self.x[i].items():
                     for var in expr.keys() - {ONE}:
-                        self.model.cost[var] += TIE * float(weight[k]) / total
+                        self.model.cost[var] += self.tie * float(weight[k]) / total
 
-    def memory_row(self, moment: int, limit: float) -> None:
-        """Memory at `moment` stays within `limit` (or within the peak variable)."""
+    def memory_row(self, moment: int, limit: float) -> int:
+        """Memory at `moment` stays within `limit` (or within the peak variable). Returns the row's number."""
         parts: list[tuple[float, Expr]] = [(1.0, {ONE: float(self.problem.fixed_bytes)})]
         for i, node in enumerate(self.problem.nodes):
             parts += [(float(node.resident[k]), expr) for k, expr in self.x[i].items() if node.resident[k]]
@@ -200,6 +200,7 @@ class Shard:
             expr[self.peak] = -float(limit)
             limit = 0.0
         self._row(add((unit, expr)), -math.inf, limit * unit)
+        return len(self.model.rows) - 1
 
     def _source_bytes(self, v: int, pattern: Pattern) -> list[tuple[float, Expr]]:
         value, out = self.problem.values[v], []
@@ -272,6 +273,17 @@ class Shard:
         return tuple(max(self.x[i], key=lambda k: level(self.x[i][k])) for i in range(len(self.problem.nodes)))
 
 
+def dual_prices(problem: Problem, keep: Keep, moments: Sequence[int], *, scale: float, time_limit: float) -> dict[int, float]:
+    """What memory at each of `moments` is worth, seconds per byte, in the relaxation with continuous x; {} when that fails."""
+    limit = float(problem.limit_bytes or 0)
+    shard = Shard(problem, keep, scale)
+    rows = {m: shard.memory_row(m, limit) for m in moments}
+    result = milp.solve(shard.model, time_limit=time_limit, gap=0.0, relax=True)
+    if result.duals is None:
+        return {}
+    return {m: float(result.duals[row]) * scale / max(limit, 1.0) for m, row in rows.items() if result.duals[row] > 1e-9}
+
+
 def solve_ilp(
     problem: Problem,
     keep: Keep,
@@ -289,7 +301,7 @@ def solve_ilp(
     time runs out first. The bound holds for every choice within `keep`.
     """
     start = time.monotonic()
-    shard = Shard(problem, keep, scale)
+    shard = Shard(problem, keep, scale, tie=min(TIE, gap / 10))
     limit, slack = problem.limit_bytes, 0.0
     known: set[int] = set()
     for m in moments if limit is not None else ():
@@ -303,7 +315,7 @@ def solve_ilp(
         size = len(shard.model.cost), len(shard.model.rows), round_
         if result.status == milp.INFEASIBLE:
             return Solution(best, best_s, min(best_s, math.inf), milp.OPTIMAL if best else milp.INFEASIBLE, *size)
-        bound = max(bound, shard.constant + (result.bound - TIE) * scale)
+        bound = max(bound, shard.constant + (result.bound - shard.tie) * scale)
         if result.values is None:
             break
         choice = shard.read(result.values)
