@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_ROWS_AT_ONCE = 1 << 18  # elements hashed per step: the int32 temporaries then stay in a core's cache
+_BLOCK = 1 << 20  # elements hashed per step: the int32 temporaries then stay in cache
 
 
 def _signed(value: int, bits: int) -> int:
@@ -77,7 +77,7 @@ def keep_mask(seed: torch.Tensor, salt: int, p: float, parts: Sequence[int], sta
     rows = _bases(parts, starts, lengths, seed.device)
     flat, n = out.view(-1, lengths[-1]), lengths[-1]
     last = sum((start + length - 1) * math.prod(parts[d + 1 :]) for d, (start, length) in enumerate(zip(starts, lengths, strict=True)))
-    step = max(1, _ROWS_AT_ONCE // n) if seed.device.type == "cpu" else len(rows)
+    step = max(1, _BLOCK // n) if seed.device.type == "cpu" else len(rows)
     column = torch.arange(n, dtype=torch.int64, device=seed.device)
     low_column = column.to(torch.int32)
     low, high = _keys(seed, salt, 0)

@@ -141,11 +141,18 @@ def _slice(args: tuple, val: torch.Tensor) -> fx.Node | None:
     return args[0] if whole else None
 
 
+def _copy(args: tuple, val: torch.Tensor) -> fx.Node | None:
+    """The functional form of `a.copy_(b)` where b is like a already."""
+    have = args[1].meta["val"]
+    return args[1] if have.shape == val.shape and have.dtype == val.dtype else None
+
+
 FOLDS: dict[Any, Callable[[tuple, torch.Tensor], fx.Node | None]] = {
     _aten.t.default: _t,
     _aten.transpose.int: _transpose,
     _aten.permute.default: _permute,
     _aten.slice.Tensor: _slice,
+    _aten.copy.default: _copy,
 }
 
 

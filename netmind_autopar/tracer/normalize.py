@@ -190,24 +190,60 @@ def batch_norm(
 
     bfloat16 and float16 are normalised in float32, as the fused kernels do.
     """
-    dims = [d for d in range(x.dim()) if d != 1]
-    shape = [1, x.shape[1], *(1 for _ in dims[1:])]
     wide = x.float() if x.dtype.itemsize < 4 else x
-    if training or mean is None:
+    if not training and mean is not None:
+        shape = _per_channel(x)
+        factor = torch.rsqrt(var + eps)
+        out = (wide - mean.view(shape)) * (factor if weight is None else factor * weight).view(shape)
+        return (out if bias is None else out + bias.view(shape)).to(x.dtype)
+    out, batch_mean, batch_var = _BatchNorm.apply(wide, weight, bias, eps)
+    if training and mean is not None and var is not None:
         count = x.numel() // x.shape[1]
-        batch_mean = wide.sum(dims) / count
-        centered = wide - batch_mean.view(shape)
-        batch_var = (centered * centered).sum(dims) / count
-        if training and mean is not None and var is not None:
-            with torch.no_grad():
-                mean.copy_(mean * (1 - momentum) + batch_mean.detach() * momentum)
-                unbiased = count / max(count - 1, 1)
-                var.copy_(var * (1 - momentum) + batch_var.detach() * (momentum * unbiased))
-    else:
-        centered, batch_var = wide - mean.view(shape), var
-    factor = torch.rsqrt(batch_var + eps)
-    out = centered * (factor if weight is None else factor * weight).view(shape)
-    return (out if bias is None else out + bias.view(shape)).to(x.dtype)
+        with torch.no_grad():
+            mean.copy_(mean * (1 - momentum) + batch_mean * momentum)
+            var.copy_(var * (1 - momentum) + batch_var * (momentum * count / max(count - 1, 1)))
+    return out.to(x.dtype)
+
+
+def _per_channel(x: Tensor) -> list[int]:
+    return [1, x.shape[1], *(1 for _ in range(x.dim() - 2))]
+
+
+class _BatchNorm(torch.autograd.Function):
+    """y = c r w + b with c = x - mean, r = 1 / sqrt(var + eps); returns (y, mean, var).
+
+    Its gradients written out, for autograd would make twice as many passes over the batch (Ioffe and Szegedy,
+    arXiv:1502.03167, section 3):  db = sum g,  dw = r sum g c,  dx = w r (g - sum g / n - c r^2 sum g c / n).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        dims, shape = [d for d in range(x.dim()) if d != 1], _per_channel(x)
+        count = x.numel() // x.shape[1]
+        mean = x.sum(dims) / count
+        centered = x - mean.view(shape)
+        var = (centered * centered).sum(dims) / count
+        inverse = torch.rsqrt(var + eps)
+        factor = inverse if weight is None else inverse * weight
+        out = centered * factor.view(shape)
+        ctx.save_for_backward(centered, inverse, factor)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return (out if bias is None else out + bias.view(shape)), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        centered, inverse, factor = ctx.saved_tensors
+        dims, shape = [d for d in range(grad.dim()) if d != 1], _per_channel(grad)
+        count = grad.numel() // grad.shape[1]
+        total, moment = grad.sum(dims), (grad * centered).sum(dims)
+        slope = moment * inverse * inverse / count
+        dx = (grad - (total / count).view(shape) - centered * slope.view(shape)) * factor.view(shape)
+        dw, db = (None if d is None else t.to(d) for t, d in zip((moment * inverse, total), ctx.dtypes, strict=True))
+        return dx, dw, db, None
 
 
 def _reduced(op: Any, position: int) -> Callable[..., Tensor]:
