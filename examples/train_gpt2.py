@@ -87,7 +87,7 @@ def train(steps: int, title: str) -> list[float]:
         original, model = model, parallelize(model, first)
         if not quiet:
             show_plan(model.plan, original)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     losses: list[float] = []
     with progress(steps, title, quiet) as advance:
         for batch in batches(steps):
@@ -142,14 +142,10 @@ def demo(steps: int, processes: int) -> int:
         parallel, single = Path(folder, "parallel.json"), Path(folder, "single.json")
         common = [str(Path(__file__).resolve()), "--steps", str(steps), "--losses"]
         # one thread a process: four processes that start as many threads as there are cores only get in each other's way
-        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        runs = (
-            ([*torchrun, *common, str(parallel)], env),
-            ([sys.executable, *common, str(single)], {**env, "OMP_NUM_THREADS": str(os.cpu_count())}),
-        )
-        for command, variables in runs:
-            if code := subprocess.run(command, env=variables, check=False).returncode:
+        for command in ([*torchrun, *common, str(parallel)], [sys.executable, *common, str(single)]):
+            if code := subprocess.run(command, env=env, check=False).returncode:
                 print(f"FAILED with exit code {code}: {' '.join(command)}", file=sys.stderr)
                 return 1
         many, one = json.loads(parallel.read_text()), json.loads(single.read_text())
