@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .arguments import check_model, parse_memory, running_mesh
+from .arguments import check_model, check_plan_mesh, parse_memory, running_mesh
 from .costs.device import default_cluster, make_mesh
 from .ir import flags
 from .ir.errors import UnknownOpError
@@ -100,6 +100,8 @@ def autoparallelize(
     Raises what `plan` raises, MeshError when mesh and processes do not fit, PlanError when the plan belongs to another model or mesh.
     """
     torch_mesh = running_mesh(device_mesh)
+    if plan is not None:
+        check_plan_mesh(plan, torch_mesh)
     program: Program = together(lambda: _capture(model, sample_inputs, outputs, differentiable))  # type: ignore[assignment]
     all_alike(
         "the captured graph",

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .ir.errors import InputError, MeshError
+from .ir.errors import InputError, MeshError, PlanError
 from .ir.mesh import parse_axes
+from .ir.plan import Plan
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -66,6 +67,19 @@ def running_mesh(mesh: DeviceMesh | str) -> DeviceMesh:
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return init_device_mesh(kind, tuple(n for _, n in axes), mesh_dim_names=tuple(name for name, _ in axes))
+
+
+def check_plan_mesh(plan: Plan, mesh: DeviceMesh) -> None:
+    """Raises PlanError unless the plan was made for a mesh of these sizes and, where it has names, these names."""
+    names = mesh.mesh_dim_names
+    if plan.sizes == tuple(mesh.shape) and (names is None or tuple(names) == plan.axis_names):
+        return
+    have = ",".join(f"{name}={n}" for name, n in zip(names or ["?"] * mesh.ndim, mesh.shape, strict=True))
+    raise PlanError(
+        f"the plan was made for the mesh {plan.links()}, and the mesh here is {have}",
+        why="every choice of a plan holds for one mesh",
+        try_="plan again for this mesh, or run on the plan's",
+    )
 
 
 def _start(processes: int, backend: str) -> None:

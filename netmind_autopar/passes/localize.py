@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from ..ir.errors import GraphError
-from ..ir.local import Local
 from ..ir.program import Output, Program, is_getitem, tensor_args, values
 from ..ir.spec import Replicate, Spec, plain
-from ..rules.algebra import Rule, Strategy, input_specs, letter_spec, output_specs
+from ..rules.algebra import Rule, Strategy, input_specs, output_specs
+from ..rules.localize import localize_args
 from ..solver.conversions import owner_of, value_of
 
 if TYPE_CHECKING:
@@ -45,32 +43,7 @@ def _localize_op(node: fx.Node, rule: Rule, strategy: Strategy, new, context: Lo
     if node.target in _VIEWS:  # strides follow from the plan: a view that is legal globally may need a copy locally
         node.target = torch.ops.aten.reshape.default
     if rule.adjust:
-        _localize_args(node, rule, strategy, specs[0], context.sizes)
-
-
-def _localize_args(node: fx.Node, rule: Rule, strategy: Strategy, out: Spec | None, sizes: tuple[int, ...]) -> None:
-    """Replace the arguments that follow the local shapes: by a number where all ranks agree, else by a formula."""
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for place, what in rule.adjust:
-        old = args[place] if isinstance(place, int) else kwargs.get(place)
-        new = local_formula(what, len(old) if isinstance(old, (list, tuple)) else 0, rule, strategy, out).folded(sizes)
-        if isinstance(place, int):
-            args[place] = new
-        else:
-            kwargs[place] = new
-    node.args, node.kwargs = tuple(args), kwargs
-
-
-def local_formula(what: str, repeat: int, rule: Rule, strategy: Strategy, out: Spec | None) -> Local:
-    """One adjustment of a rule ("shape", "size:a*3", "start:v" …) as a formula of the rank."""
-    kind, _, product = what.partition(":")
-    if kind in ("size", "start"):
-        words, letters = product.split("*"), list(rule.sizes)
-        parts = tuple(letters.index(w) for w in words if not w.isdigit())
-        return Local(kind, str(letter_spec(rule, strategy)), parts, math.prod(int(w) for w in words if w.isdigit()), repeat)
-    if out is None:
-        raise GraphError(f"the argument {what!r} follows output 0, which is switched off")
-    return Local(kind, str(out))
+        node.args, node.kwargs = localize_args(node.args, node.kwargs, rule, strategy, specs[0], context.sizes)
 
 
 def _end_spec(name: str, value: torch.Tensor, context: Lowering) -> Spec:

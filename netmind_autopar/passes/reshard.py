@@ -45,10 +45,16 @@ def _splice(new: Draft, context: Lowering, nodes: dict[str, fx.Node], need: Need
         anchor = new.graph.inserting_after(current) if first.result else new.graph.inserting_before(nodes[first.node])
         with anchor:
             made = new.graph.create_node("call_function", move, args, name=f"{value.name}_{step.kind}")
-        made.meta = {"val": value.meta["val"], "where": value.meta.get("where") or "", "module": value.meta.get("module") or "", "phase": need.phase}
+        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": need.phase}
         new.specs[made.name], new.expects[made.name] = step.after, (step.before,)
         current = made
     return current
+
+
+def _origin(value: fx.Node, taker: fx.Node) -> dict[str, str]:
+    """Line and module of a move: where its value was made, or for an input where it is first taken."""
+    owner = value if value.op == "call_function" else taker
+    return {key: owner.meta.get(key) or "" for key in ("where", "module")}
 
 
 def _handle(producer: fx.Node, index: int) -> fx.Node:
