@@ -402,8 +402,15 @@ def test_inputs_on_two_devices() -> None:
         capture(models.MLP(4, 4, 0.0), {"x": torch.ones(2, 4), "target": torch.ones(2, 4, device="meta")})
     with pytest.raises(InputError, match="do not fit"):
         capture(models.MLP(4, 4, 0.0), {"y": torch.ones(2, 4)})
-    with pytest.raises(InputError, match="no torch.nn.Module"):
+    with pytest.raises(InputError, match="is no torch"):
         capture(lambda x: x, torch.ones(2))
+
+
+def test_a_constant_without_a_value() -> None:
+    model = nn.Linear(2, 2)
+    model.scale = torch.ones(2, device="meta")
+    with pytest.raises(CaptureError, match="scale has no value"):
+        capture(model, torch.ones(2, 2))
 
 
 def test_masking_code_is_restored() -> None:

@@ -243,7 +243,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _fake_backward(grad, q, k, v, out, lse, mask, seed, causal, scale, p, salt, b_start, h_start, heads):
-    return tuple(_empty(*x.shape, x) for x in (q, k, v))
+    return tuple(x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in (q, k, v))
 
 
 def _setup(ctx, inputs, output):

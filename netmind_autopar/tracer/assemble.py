@@ -102,8 +102,7 @@ class _Names:
         if end[0] == "mutation" and end[1] == "buffer":
             return "mutation", self._qualified(end[2]), -1
         if end[0] == "grad":
-            role, name, index = self.input(end[1:])
-            return "grad", name, index
+            return "grad", *self.input(end[1:])[1:]
         what = self.leaves[end[2] - 1] if end[1] == "input" else self._qualified(end[2]) if end[1] == "param" else str(end)
         raise CaptureError(
             "the model writes into what it was given",

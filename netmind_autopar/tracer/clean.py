@@ -158,7 +158,7 @@ FOLDS: dict[Any, Callable[[tuple, torch.Tensor], fx.Node | None]] = {
 
 def _concrete_slice(args: tuple) -> tuple:
     """(x, dim, start, end, step) with 0 <= start <= end <= size."""
-    x, dim, start, end, step = (*args, *(None,) * (5 - len(args)))
+    x, dim, start, end, step = [*args, None, None, None, None][:5]
     size = x.meta["val"].shape[dim or 0]
     first, last, _ = slice(start, end, step).indices(size)
     return (x, dim or 0, first, max(first, last), *((step,) if step not in (None, 1) else ()))
@@ -243,7 +243,9 @@ def rename(old: fx.Graph, ends: dict[fx.Node, str]) -> fx.Graph:
 
     `ends` names the placeholders.
     """
-    graph, env, used = fx.Graph(), {}, set()
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    used: set[str] = set()
     for node in old.nodes:
         if node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], env.__getitem__))

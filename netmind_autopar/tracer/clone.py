@@ -26,7 +26,7 @@ def fake_clone(model: nn.Module, mode: Any) -> nn.Module:
             fake = fake_like(tensor, mode)
             memo[id(tensor)] = nn.Parameter(fake.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     try:
-        return copy.deepcopy(model, memo)
+        clone = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             "the model cannot be copied",
@@ -34,6 +34,24 @@ def fake_clone(model: nn.Module, mode: Any) -> nn.Module:
             why=f"copy.deepcopy: {type(error).__name__}: {error}",
             try_="keep what cannot be copied (locks, files, process groups, tensors with a history) out of the modules",
         ) from error
+    for name, module in clone.named_modules():
+        _plain_tensors(name, module)
+    return clone
+
+
+def _plain_tensors(name: str, module: nn.Module) -> None:
+    """Tensors that are plain attributes are constants of the program: their values are needed, on the CPU."""
+    for key, value in vars(module).items():
+        if isinstance(value, torch.Tensor) and value.device.type == "meta":
+            path = f"{name}.{key}" if name else key
+            raise CaptureError(
+                f"the tensor {path} has no value",
+                where=type(module).__name__,
+                why="a plain attribute on the meta device is a constant that nobody knows",
+                try_=f'register it: self.register_buffer("{key}", ...)',
+            )
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            setattr(module, key, value.cpu())
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

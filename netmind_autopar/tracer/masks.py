@@ -44,7 +44,7 @@ def constant_value(tensor: torch.Tensor) -> torch.Tensor | None:
 @contextmanager
 def eager_masks() -> Iterator[None]:
     """Inside the block, `transformers.masking_utils` (if it is imported) answers as in eager wherever that needs no data."""
-    module = sys.modules.get("transformers.masking_utils")
+    module: Any = sys.modules.get("transformers.masking_utils")
     names = ("is_torchdynamo_exporting", "is_tracing", "find_packed_sequence_indices")
     if module is None or not all(hasattr(module, name) for name in names):
         yield

@@ -191,7 +191,7 @@ def batch_norm(
     bfloat16 and float16 are normalised in float32, as the fused kernels do.
     """
     wide = x.float() if x.dtype.itemsize < 4 else x
-    if not training and mean is not None:
+    if not training and mean is not None and var is not None:
         shape = _per_channel(x)
         factor = torch.rsqrt(var + eps)
         out = (wide - mean.view(shape)) * (factor if weight is None else factor * weight).view(shape)

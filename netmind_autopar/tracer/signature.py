@@ -87,12 +87,11 @@ def _flatten(obj: Any, path: str, leaves: list[tuple[str, torch.Tensor]], above:
         return Const(obj)
     above += (id(obj),)
     start = len(leaves)
-    if isinstance(obj, Mapping) and not _dataclass(obj):
-        keys, values, make = tuple(obj), list(obj.values()), Items
+    make: type[Items | Record] = Items
+    if isinstance(obj, Mapping):  # of a dataclass that is a dict too, as Hugging Face's ModelOutput, the items count
+        keys, values = tuple(obj), list(obj.values())
     elif isinstance(obj, (tuple, list)):
-        keys, values, make = tuple(range(len(obj))), list(obj), Items
-    elif isinstance(obj, Mapping):  # a dataclass that is a dict too, as Hugging Face's ModelOutput: the items are what counts
-        keys, values, make = tuple(obj), list(obj.values()), Items
+        keys, values = tuple(range(len(obj))), list(obj)
     else:
         attributes = _attributes(obj)
         keys, values, make = tuple(attributes), list(attributes.values()), Record
@@ -100,10 +99,6 @@ def _flatten(obj: Any, path: str, leaves: list[tuple[str, torch.Tensor]], above:
     if len(leaves) == start and make is Record:
         return Const(obj)
     return make(type(obj), keys, items)
-
-
-def _dataclass(obj: Any) -> bool:
-    return dataclasses.is_dataclass(obj) and not isinstance(obj, type)
 
 
 def _attributes(obj: Any) -> dict[str, Any]:
@@ -126,9 +121,9 @@ def build(template: Template, values: list[Any]) -> Any:
     if isinstance(template, Const):
         return template.value
     items = [build(item, values) for item in template.items]
-    cls = template.cls
+    cls: Any = template.cls
     if isinstance(template, Record):
-        obj = object.__new__(cls)
+        obj: Any = object.__new__(cls)
         for name, item in zip(template.names, items, strict=True):
             object.__setattr__(obj, name, item)
         return obj
@@ -137,9 +132,10 @@ def build(template: Template, values: list[Any]) -> Any:
     pairs = dict(zip(template.keys, items, strict=True))
     if cls is dict:
         return pairs
+    make: Any = cls
     if dataclasses.is_dataclass(cls):
-        return cls(**{k: v for k, v in pairs.items() if v is not None})
-    return cls(pairs)
+        return make(**{k: v for k, v in pairs.items() if v is not None})
+    return make(pairs)
 
 
 def match(template: Template, obj: Any, path: str, found: list[torch.Tensor]) -> None:
@@ -236,6 +232,7 @@ class Call:
                 why=str(error),
                 try_="call it as in sample_inputs",
             ) from error
+        assert isinstance(self.template, Items)
         names = dict(zip(self.template.keys, self.template.items, strict=True))
         found: list[torch.Tensor] = []
         for name, item in names.items():
@@ -319,6 +316,7 @@ class Selection:
 
     def unpack(self, values: list[Any]) -> Any:
         """What the model returns, around the kept outputs; a dropped one is None."""
+        assert self.template is not None
         slots: dict[int, Any] = dict(zip(self.kept, values, strict=True))
         total = 1 + max(_indices(self.template), default=-1)
         return build(self.template, [slots.get(i) for i in range(total)])
