@@ -35,13 +35,17 @@ DUAL_CELLS = (4_000, 8_000, 12_000)  # of the LPs that price memory
 
 @dataclass
 class State:
-    """What is known so far: strategies that remain, the best plan that fits, the proven bound, excess per strategy above it."""
+    """What is known so far: strategies that remain, the best plan that fits, the proven bound.
+
+    excess: per strategy, what it costs at least above `base`, a bound that was proven together with it.
+    """
 
     kept: Kept
     best: Choice | None = None
     best_s: float = math.inf
     bound: float = -math.inf
     excess: list[np.ndarray] | None = None
+    base: float = -math.inf
 
     @property
     def scale(self) -> float:
@@ -85,8 +89,8 @@ def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, rounds: 
             choice, state.excess = relaxed.sweep()
             if sweep == 4 or sweep == sweeps - 1:
                 state.offer(problem, local.descend(choice))
-        state.bound = max(state.bound, before)
-        _prune(state, relaxed, before)
+        state.bound = state.base = before
+        _prune(state, relaxed, state.excess, before)
         local.kept = state.kept
         if state.best_s - state.bound <= 0.1 * gap * abs(state.best_s) or time.monotonic() > deadline:
             break
@@ -97,10 +101,11 @@ def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, rounds: 
     return state
 
 
-def _prune(state: State, relaxed: Relaxed, bound: float) -> None:
-    assert state.excess is not None
-    smaller = prune(relaxed.kept, state.excess, bound, state.best_s)
-    state.excess = _filtered(state.excess, relaxed.kept, smaller)
+def _prune(state: State, relaxed: Relaxed, excess: list[np.ndarray], bound: float) -> None:
+    """Drop what `excess` above `bound` rules out, here and in the relaxation."""
+    smaller = prune(relaxed.kept, excess, bound, state.best_s)
+    if state.excess is not None:
+        state.excess = _filtered(state.excess, state.kept, smaller)
     relaxed.restrict(smaller)
     state.kept = smaller
 
@@ -122,7 +127,7 @@ def _finish(problem: Problem, state: State, gap: float, deadline: float, moments
     kept, threshold = _narrow(problem, state)
     left = max(deadline - time.monotonic(), 1.0)
     found = solve_ilp(problem, kept, time_limit=left, gap=gap, scale=state.scale, incumbent=state.best, moments=moments)
-    bound = max(state.bound, min(found.bound, state.bound + threshold))
+    bound = max(state.bound, min(found.bound, state.base + threshold))
     if found.choice is None:
         status = found.status if threshold == math.inf else milp.UNKNOWN
         return replace(found, bound=bound, status=status)
@@ -183,7 +188,7 @@ def _price_memory(problem: Problem, state: State, moments: Moments, first: Solut
     crowd: set[int] = set()
     choice: Choice = first.choice or ()
     relaxed = Relaxed(problem, state.kept, moments)
-    for round_ in range(8):
+    for round_ in range(5):
         _move_prices(prices, profile(problem, choice), limit, unit, 2.0 / (1.0 + 0.5 * round_))
         crowd |= set(prices)
         choice = _dual_round(problem, state, relaxed, moments, prices, 60 if round_ == 0 else 20)
@@ -211,10 +216,11 @@ def _dual_round(problem: Problem, state: State, relaxed: Relaxed, moments: Momen
     choice = local.descend(choice)
     for candidate in (choice, *((local.descend(state.best),) if state.best else ())):
         state.offer(problem, candidate)
-    if state.excess is None or before >= state.bound or state.best is not None:
-        state.bound, state.excess = max(state.bound, before), [e + min(0.0, before - state.bound) for e in excess]
+    if before > state.base:
+        state.base, state.excess = before, excess
+        state.bound = max(state.bound, before)
     if state.best is not None:
-        _prune(state, relaxed, state.bound if before >= state.bound else before)
+        _prune(state, relaxed, excess, before)
     return choice
 
 
@@ -223,7 +229,7 @@ def _move_prices(prices: dict[int, float], memory: np.ndarray, limit: int, unit:
     for m in prices:
         prices[m] *= math.exp(step * float(np.clip(8.0 * (memory[m] - limit) / max(limit, 1), -1.0, 1.0)))
     for m in crowded(memory, limit, set(prices), most=2):
-        prices[m] = unit if not prices else max(unit * 0.1, float(np.median(list(prices.values()))))
+        prices[m] = 0.2 * unit if not prices else max(unit * 0.02, float(np.median(list(prices.values()))))
 
 
 def least_peak(problem: Problem, kept: Kept, moments: Moments, deadline: float) -> tuple[int, float, Choice | None]:
