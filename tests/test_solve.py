@@ -160,7 +160,7 @@ def test_pins_hold():
 
 
 def test_local_inputs_are_chosen():
-    program, rules, plan = planned(lambda: MLP(64, 128), meta(65536, 64), mesh="dp=4", inputs="local")
+    program, _, plan = planned(lambda: MLP(64, 128), meta(65536, 64), mesh="dp=4", inputs="local")
     (name,) = [i.name for i in program.inputs if i.role == "input"]
     assert plan.choices[f"input.{name}"] == "d0"
     assert plan.cost.memory.inputs == 65536 * 64 * 4 / 4
@@ -177,8 +177,8 @@ def test_plans_of_other_graphs_and_edited_plans_are_refused():
     with pytest.raises(PlanError):
         choices_to_strategies(other, other_rules, plan)
     for edit in ({"up.weight": "zz"}, {"up.weight": "d0 d0"}, {"nobody": "-"}):
-        with pytest.raises(PlanError, match=next(iter(edit))):
+        with pytest.raises(PlanError, match=re.escape(next(iter(edit)))):
             choices_to_strategies(program, rules, plan.model_copy(update={"choices": {**plan.choices, **edit}}))
     fewer = {k: v for k, v in plan.choices.items() if k != "up.weight"}
-    with pytest.raises(PlanError, match="up.weight"):
+    with pytest.raises(PlanError, match=r"up\.weight"):
         choices_to_strategies(program, rules, plan.model_copy(update={"choices": fewer}))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import fx
 
 from ..costs.comm import Conversions
@@ -96,12 +97,14 @@ def collect(program: Program, rules: Mapping[str, Rule], sizes: tuple[int, ...],
     return out
 
 
-def _kind(name, members, rule, ins, outs, sizes, cache, role) -> Kind:
+def _kind(name: str, members: tuple[str, ...], rule: Rule, ins: Sequence[torch.dtype], outs: Sequence[torch.dtype | None],
+          sizes: tuple[int, ...], cache: dict, role: str) -> Kind:
     found = strategies_of(rule, sizes, cache)
     key = ("specs", id(found), tuple(ins), tuple(outs), rule.reduce, rule.inputs, rule.outputs)
     if key not in cache:
         cache[key] = tuple(input_specs(rule, s, ins) for s in found), tuple(output_specs(rule, s, outs) for s in found)
-    return Kind(name, members, rule, found, *cache[key], role)
+    takes, gives = cache[key]
+    return Kind(name, members, rule, found, takes, gives, role)
 
 
 class _Build:
@@ -122,7 +125,8 @@ class _Build:
 
     def _holds(self) -> dict[str, int]:
         """Per op the last moment at which something taken from it as a view is needed."""
-        end, hold = len(self.order) - 1, {}
+        end = len(self.order) - 1
+        hold: dict[str, int] = {}
         by_node: dict[str, list[Use]] = {}
         for (name, _), takers in self.uses.items():
             by_node.setdefault(name, []).extend(takers)

@@ -30,7 +30,10 @@ class Use:
 
 @dataclass(frozen=True)
 class Needed:
-    """One conversion: of output `index` of `producer`, from `source` to `target`, for `uses`."""
+    """One conversion: of output `index` of `producer`, from `source` to `target`, for `uses`.
+
+    is_gradient: the value is the gradient of a parameter or an input; such reductions travel in buckets and are priced so.
+    """
 
     producer: str
     index: int
@@ -38,16 +41,12 @@ class Needed:
     source: Spec
     target: Spec
     uses: tuple[Use, ...]
+    is_gradient: bool = False
 
     @property
     def phase(self) -> str:
         """Where it runs: with its first use."""
         return self.uses[0].phase
-
-    @property
-    def is_gradient(self) -> bool:
-        """True when it brings a gradient into the layout of its parameter: such reductions travel in buckets."""
-        return any(use.result is not None and use.result.role == "grad" for use in self.uses)
 
 
 def plain_rule(shape: Sequence[int], *, split: bool = True) -> Rule:
@@ -65,7 +64,7 @@ def end_rules(program: Program, inputs: str = "global") -> dict[str, Rule]:
     for node in program.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             role = ends[node.name].role if node.op == "placeholder" else ""
-            shape = tuple(values(node)[0].shape)
+            shape = tuple(value_of(node).shape)
             split = role in ("param", "tangent") or (role == "input" and inputs == "local")
             out[node.name] = plain_rule(shape, split=split)
     nodes = {node.name: node for node in program.graph.nodes}
@@ -150,5 +149,6 @@ def needed_conversions(
             want = wanted(use, have)
             if not same_layout(have, want, sizes):
                 served.setdefault((group(have, use.phase), layout(want, sizes)), (want, []))[1].append(use)
-        out += [Needed(name, index, key[0], have, want, tuple(users)) for key, (want, users) in served.items()]
+        is_gradient = any(use.result is not None and use.result.role == "grad" for use in takers)
+        out += [Needed(name, index, key[0], have, want, tuple(users), is_gradient) for key, (want, users) in served.items()]
     return tuple(out)

@@ -86,11 +86,11 @@ def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, rounds: 
         for sweep in range(sweeps):
             relaxed.rebalance()
             before = relaxed.bound()
-            choice, state.excess = relaxed.sweep()
+            choice, excess = relaxed.sweep()
             if sweep == 4 or sweep == sweeps - 1:
                 state.offer(problem, local.descend(choice))
-        state.bound = state.base = before
-        _prune(state, relaxed, state.excess, before)
+        state.bound, state.base, state.excess = before, before, excess
+        _prune(state, relaxed, excess, before)
         local.kept = state.kept
         if state.best_s - state.bound <= 0.1 * gap * abs(state.best_s) or time.monotonic() > deadline:
             break
@@ -113,7 +113,8 @@ def _prune(state: State, relaxed: Relaxed, excess: list[np.ndarray], bound: floa
 def _probe(problem: Problem, state: State, deadline: float) -> None:
     """A better plan from the ILP over the most promising strategies: the cheaper the plan in hand, the more is pruned."""
     kept, _ = _narrow(problem, state, PROBE_CELLS)
-    found = solve_ilp(problem, kept, time_limit=max(deadline - time.monotonic(), 1.0) / 4, gap=1e-3, scale=state.scale, incumbent=state.best)
+    left = max(deadline - time.monotonic(), 1.0)
+    found = solve_ilp(problem, kept, time_limit=left / 4, gap=1e-3, scale=state.scale, incumbent=state.best)
     if found.choice is not None:
         state.offer(problem, found.choice)
 
@@ -167,48 +168,56 @@ def _within_limit(problem: Problem, kept: Kept, first: Solution, gap: float, dea
         found = _finish(problem, state, gap, deadline)
         if found.choice is not None:
             return found
-    crowd = _price_memory(problem, state, moments, first, deadline)
+    relaxed = Relaxed(problem, kept, moments)
+    crowd = _price_memory(problem, state, relaxed, first, deadline)
     if state.best is None:
         peak, least, choice = least_peak(problem, kept, moments, deadline)
         if choice is None or peak > problem.limit_bytes:
             proven = least > problem.limit_bytes
             return Solution(choice, math.inf, first.bound, milp.INFEASIBLE if proven else milp.UNKNOWN)
         state.offer(problem, choice)
-        crowd = _price_memory(problem, state, moments, first, deadline)
-    return _finish(problem, state, gap, deadline, crowd)
+    for most in DUAL_CELLS:
+        _sharpen(problem, state, relaxed, crowd, first.seconds, most, deadline)
+        if time.monotonic() > deadline or cells(problem, state.kept) < most:
+            break
+    found = _finish(problem, state, gap, deadline, tuple(sorted(crowd)))
+    for _ in range(2):  # a cheaper plan in hand prunes more: once more, as long as that helps
+        if found.status == milp.OPTIMAL or found.choice is None or time.monotonic() > deadline:
+            break
+        state.offer(problem, found.choice)
+        _sharpen(problem, state, relaxed, crowd, first.seconds, MOST_CELLS, deadline)
+        found = _finish(problem, state, gap, deadline, tuple(sorted(crowd)))
+    return found
 
 
-def _price_memory(problem: Problem, state: State, moments: Moments, first: Solution, deadline: float) -> tuple[int, ...]:
-    """Lagrangian search: plans that fit, a bound, pruning. Returns the moments that mattered.
-
-    A few rounds of rough prices, then the exact ones: the duals of the memory rows in the LP over the promising strategies.
-    """
+def _price_memory(problem: Problem, state: State, relaxed: Relaxed, first: Solution, deadline: float) -> set[int]:
+    """Rough prices of memory: up where there is too little, down where there is plenty. Returns the moments that mattered."""
     limit, unit = problem.limit_bytes or 0, first.seconds / max(problem.limit_bytes or 0, 1)
     prices: dict[int, float] = {}
     crowd: set[int] = set()
     choice: Choice = first.choice or ()
-    relaxed = Relaxed(problem, state.kept, moments)
     for round_ in range(5):
         _move_prices(prices, profile(problem, choice), limit, unit, 2.0 / (1.0 + 0.5 * round_))
         crowd |= set(prices)
-        choice = _dual_round(problem, state, relaxed, moments, prices, 60 if round_ == 0 else 20)
+        choice = _dual_round(problem, state, relaxed, prices, 60 if round_ == 0 else 20)
         if time.monotonic() > deadline:
-            return tuple(sorted(crowd))
-    for most in DUAL_CELLS:
-        kept, _ = _narrow(problem, state, most)
-        left = max(deadline - time.monotonic(), 1.0)
-        found = dual_prices(problem, kept, sorted(crowd), scale=first.seconds or 1.0, time_limit=left / 4)
-        choice = _dual_round(problem, state, relaxed, moments, found or prices, 100)
-        crowd |= set(crowded(profile(problem, choice), limit, crowd))
-        if time.monotonic() > deadline or cells(problem, state.kept) < most:
             break
-    return tuple(sorted(crowd))
+    return crowd
 
 
-def _dual_round(problem: Problem, state: State, relaxed: Relaxed, moments: Moments, prices: dict[int, float], sweeps: int) -> Choice:
+def _sharpen(problem: Problem, state: State, relaxed: Relaxed, crowd: set[int], scale: float, most: int, deadline: float) -> None:
+    """Exact prices, the duals of the memory rows in the LP over the promising strategies; adds to `crowd` what their plan violates."""
+    kept, _ = _narrow(problem, state, most)
+    left = max(deadline - time.monotonic(), 1.0)
+    found = dual_prices(problem, kept, sorted(crowd), scale=scale or 1.0, time_limit=left / 4)
+    choice = _dual_round(problem, state, relaxed, found or dict(relaxed.prices), 100)
+    crowd |= set(crowded(profile(problem, choice), problem.limit_bytes or 0, crowd))
+
+
+def _dual_round(problem: Problem, state: State, relaxed: Relaxed, prices: dict[int, float], sweeps: int) -> Choice:
     """Bound, decode and prune under these prices. Returns the plan that the prices ask for."""
     relaxed.reprice(prices, problem.limit_bytes or 0)
-    local = Local(problem, relaxed.kept, prices, moments)
+    local = Local(problem, relaxed.kept, prices, relaxed.moments)
     for _ in range(sweeps):
         relaxed.rebalance()
         before = relaxed.bound()
