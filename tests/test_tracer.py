@@ -406,6 +406,30 @@ def test_inputs_on_two_devices() -> None:
         capture(lambda x: x, torch.ones(2))
 
 
+class Regions(nn.Module):
+    """Parts under autocast and without gradients become graphs inside the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.dropout = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.dropout(self.fc(self.table(x)))
+        with torch.no_grad():
+            z = self.dropout(self.table(x))
+        return y.float().sum() + self.dropout(z).sum()
+
+
+def test_regions_are_rewritten_too() -> None:
+    torch.manual_seed(0)
+    model, x = Regions(), torch.randint(0, 5, (2, 3))
+    program = capture(model, x)
+    salts = [n.args[3] for n in program.graph.nodes if str(n.target) == "autopar.dropout.default" and n.meta["phase"] == "forward"]
+    assert sorted(salts) == [0, 1, 2] and not any("native_dropout" in str(n.target) for n in program.graph.nodes)
+    check(model.eval(), {"x": x}, tolerance=1e-6)
+
+
 def test_a_constant_without_a_value() -> None:
     model = nn.Linear(2, 2)
     model.scale = torch.ones(2, device="meta")

@@ -11,6 +11,7 @@ from torch import fx
 from ..ir.errors import CaptureError
 from ..ir.program import Input, Output, Program, Signature
 from . import clean
+from .normalize import refuse_random
 from .signature import Call, Selection
 
 
@@ -44,6 +45,8 @@ def assemble(traced: Traced, prefix: str, call: Call, selection: Selection, tied
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name == seed.name and not node.users:
             graph.erase_node(node)
+    for node in graph.nodes:  # what normalize could not see: ops that torch's own composite ops call
+        refuse_random(node, node.meta.get("where"))
     titles = {n: _title(*ends[n.name]) for n in graph.nodes if n.op == "placeholder"}
     old = [n for n in graph.nodes if n.op == "placeholder"]
     graph = clean.rename(graph, titles)

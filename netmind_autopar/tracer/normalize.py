@@ -282,6 +282,17 @@ TABLE: dict[Any, Callable[..., Any]] = {
 _DRAWS = {attention, dropout, dropout_, feature_dropout}
 
 
+def refuse_random(node: fx.Node, line: str | None) -> None:
+    """CaptureError when an op draws random numbers by itself."""
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        raise CaptureError(
+            f"{node.target} draws random numbers in a way that depends on the device",
+            where=line or "",
+            why="every device would draw other numbers than one device does",
+            try_="draw them outside the model and pass them in, or use torch.nn.functional.dropout",
+        )
+
+
 def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
     """Apply `TABLE` to the exported graph and to the graphs inside it (regions with other autocast or grad settings)."""
     for graph_module in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
@@ -292,13 +303,10 @@ def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
                 node.target = TABLE[node.target]
                 if node.target in _DRAWS:
                     node.kwargs = {**node.kwargs, "random": random, "salt": random.salt()}
-            elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                raise CaptureError(
-                    f"{node.target} draws random numbers in a way that depends on the device",
-                    where=node.meta.get("stack_trace") or "",
-                    why="every device would draw other numbers than one device does",
-                    try_="draw them outside the model and pass them in, or use torch.nn.functional.dropout",
-                )
+            else:
+                refuse_random(node, node.meta.get("stack_trace"))
+        if graph_module is not module:  # run from its graph, as the outer one is: its generated code knows nothing of this
+            graph_module.forward = fx.Interpreter(graph_module).run
     with module.graph.inserting_after(seed):
         module.graph.call_function(random.bind, (seed,))
 
