@@ -76,6 +76,8 @@ def train(case: dict) -> dict[str, float]:
             worst["buffer"] = max(worst["buffer"], relative_error(buffer, buffers[name]))
         ours.step()
         theirs.step()
+    priced = sum(c.bytes for c in pm.plan.collectives)
+    worst["bytes"] = abs(sum(pm.sent_bytes.values()) / 3 - priced) / max(priced, 1)
     return worst
 
 

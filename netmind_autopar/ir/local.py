@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from .spec import is_even, local_parts, local_shape, parse_spec, part_start
+from .spec import Shard, is_even, local_parts, local_shape, parse_spec, part_start
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Local:
 
     def folded(self, sizes: tuple[int, ...]) -> Any:
         """The value itself when all devices agree on it, else this formula."""
-        varies = self.what.startswith("start") or (self.what != "parts" and not is_even(parse_spec(self.spec), sizes))
+        spec = parse_spec(self.spec)
+        split = any(isinstance(p, Shard) for p in spec.placements)
+        varies = split if self.what.startswith("start") else self.what != "parts" and not is_even(spec, sizes)
         return self if varies else self.at(sizes, (0,) * len(sizes))
 
 

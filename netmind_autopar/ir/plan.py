@@ -114,6 +114,12 @@ class Plan(_Part):
     random_costs: int | None = None
     _solve_s: float = PrivateAttr(default=0.0)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.dumps() == other.dumps()
+
+    def __hash__(self) -> int:
+        return int(self.hash(), 16)
+
     @property
     def solve_s(self) -> float:
         """CPU seconds that planning took in this process; 0 for a loaded plan."""

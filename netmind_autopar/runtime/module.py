@@ -204,7 +204,7 @@ class _Step(torch.autograd.Function):
         ctx.pm = pm
         if any(ctx.needs_input_grad):
             values, ctx.saved = pm._forward(*locals_)
-            ctx.versions = [(t, t._version) for item, t in zip(roles.leading, locals_, strict=True) if item.role in ("param", "input")]
+            ctx.versions = [(t, t._version) for item, t in zip(roles.leading, owners, strict=True) if item.role in ("param", "input")]
         else:
             if pm._infer is None:
                 pm._infer = load(pm._executable.inference_source(), place, "inference")
