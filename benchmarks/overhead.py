@@ -24,9 +24,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 BAR = 1.03
 
 
-def build(vocab: int, seq: int) -> GPT2LMHeadModel:
+def build(vocab: int, seq: int, dropout: float) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=seq, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0))
+    drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    config = GPT2Config(vocab_size=vocab, n_positions=seq, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0, **drops)
+    return GPT2LMHeadModel(config)
 
 
 def stepper(model: Any, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], float], Callable[[], float]]:
@@ -65,12 +67,13 @@ def main() -> int:
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.1, help="0.1 is GPT-2's own")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokens = torch.randint(args.vocab, (args.batch, args.seq), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": tokens, "labels": tokens}
-    eager = stepper(build(args.vocab, args.seq), batch)
-    ours = stepper(parallel(build(args.vocab, args.seq), batch), batch)
+    eager = stepper(build(args.vocab, args.seq, args.dropout), batch)
+    ours = stepper(parallel(build(args.vocab, args.seq, args.dropout), batch), batch)
     ratios, with_adamw, eager_s = [], [], []
     for i in range(args.warmup + args.rounds):
         times: dict[str, tuple[float, float]] = {}
@@ -90,6 +93,7 @@ def main() -> int:
         "with_adamw": round(statistics.median(with_adamw), 4),
         "eager_s": round(statistics.median(eager_s), 4),
         "rounds": args.rounds,
+        "dropout": args.dropout,
     }
     print(json.dumps(result))
     torch.distributed.destroy_process_group()

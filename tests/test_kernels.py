@@ -38,12 +38,10 @@ def a_mask(kind: str, s: int, t: int) -> Tensor | None:
     return torch.randn(2, 4, s, t, dtype=torch.float64).masked_fill(~seen, -float("inf"))
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "bool 2d", "added"])
+# Causal and a mask at once is what eager refuses, so there is nothing to compare with.
+@pytest.mark.parametrize(("mask", "causal"), [("none", False), ("bool", False), ("bool 2d", False), ("added", False), ("none", True)])
 @pytest.mark.parametrize(("kv_heads", "s", "t", "e"), [(4, 6, 6, 8), (2, 6, 6, 8), (1, 5, 7, 8), (4, 6, 6, 5), (4, 1, 9, 8)])
-@pytest.mark.parametrize("causal", [False, True])
 def test_attention(mask: str, kv_heads: int, s: int, t: int, e: int, causal: bool) -> None:
-    if causal and mask != "none":
-        pytest.skip("eager refuses both")
     torch.manual_seed(0)
     q, k, v = heads(2, 4, s, 8), heads(2, kv_heads, t, 8), heads(2, kv_heads, t, e)
     given = a_mask(mask, s, t)

@@ -90,7 +90,8 @@ def attention(
         out, lse = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
         lse = lse[:, :, : q.shape[2]]
     else:
-        weights, lse = _weights(q, k, bias, causal, scale, None)
+        weights, largest = _weights(q, k, bias, causal, scale)
+        lse = _lse(weights, largest)
         out = torch.matmul(_drop(weights, seed, p, salt, b_start, h_start, heads), v.to(weights.dtype)).to(q.dtype)
     return _tokens_first(out), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -131,7 +132,7 @@ def attention_backward(
             grad, q, k, v, None, out, _pad_lse(lse), none, none, 0.0, [True, True, True, False], causal, scale=scale
         )
     else:
-        dq, dk, dv = _math_backward(grad, q, k, v, out, lse, bias, seed, causal, scale, p, salt, b_start, h_start, heads)
+        dq, dk, dv = _math_backward(grad, q, k, v, out, bias, seed, causal, scale, p, salt, b_start, h_start, heads)
     return _tokens_first(dq), _tokens_first(_fold(dk, times)), _tokens_first(_fold(dv, times))
 
 
@@ -140,8 +141,8 @@ def _pad_lse(lse: Tensor) -> Tensor:
     return torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The softmax weights [b, h, s, t], at least in float32, and lse; with `lse` given it is not computed again."""
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """The softmax weights [b, h, s, t], at least in float32, and the largest score of each row [b, h, s]."""
     wide = _lse_dtype(q.dtype)
     scores = torch.matmul(q.to(wide), k.to(wide).transpose(2, 3)).mul_(scale)
     if bias is not None:
@@ -149,10 +150,18 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: flo
     if causal:
         s, t = scores.shape[2:]
         scores.masked_fill_(torch.ones(s, t, dtype=torch.bool, device=q.device).triu_(1), -float("inf"))
-    if lse is None:
-        lse = torch.logsumexp(scores, dim=3) if scores.shape[3] else torch.zeros(scores.shape[:3], dtype=wide, device=q.device)
-        lse = lse.masked_fill(lse == -float("inf"), 0.0)  # exp(-inf - 0) = 0: such a row then gives zeros, not NaN
-    return scores.sub_(lse.unsqueeze(3)).exp_(), lse
+    if not scores.shape[3]:
+        return scores, scores.new_zeros(scores.shape[:3])
+    weights = torch.softmax(scores, dim=3) if bias is None else _aten._safe_softmax(scores, 3)  # a row that sees nothing gives zeros
+    return weights, scores.amax(dim=3)
+
+
+def _lse(weights: Tensor, largest: Tensor) -> Tensor:
+    """log Σ exp s from the weights: the largest score has weight exp(s - lse). Cheaper than a second pass of exp; 0 for empty rows."""
+    if not weights.shape[3]:
+        return largest
+    share = weights.amax(dim=3)
+    return torch.where(share > 0, largest - share.log(), 0.0)
 
 
 def _drop(x: Tensor, seed: Tensor | None, p: float, salt: int, b_start: int, h_start: int, heads: int) -> Tensor:
@@ -170,7 +179,6 @@ def _math_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
     causal: bool,
@@ -181,7 +189,7 @@ def _math_backward(
     h_start: int,
     heads: int,
 ) -> tuple[Tensor, ...]:
-    weights, _ = _weights(q, k, bias, causal, scale, lse)
+    weights, _ = _weights(q, k, bias, causal, scale)
     place = (seed, p, salt, b_start, h_start, heads)
     wide = weights.dtype
     grad_w, q_w, k_w = grad.to(wide), q.to(wide), k.to(wide)
