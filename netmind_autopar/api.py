@@ -59,7 +59,7 @@ def plan(
     start = time.process_time()
     say("capturing the model")
     program = _capture(model, sample_inputs, outputs, differentiable)
-    found = _solve(
+    found = plan_program(
         program,
         make_mesh(mesh, cluster or default_cluster()),
         say,
@@ -109,27 +109,15 @@ def autoparallelize(
         why="every rank must build the same model and sample inputs",
         try_="seed and configure all ranks alike",
     )
-    mesh = make_mesh(torch_mesh, cluster or (plan.cluster if plan else default_cluster()))
-    found = Plan.loads(
-        from_rank_zero(
-            lambda: (
-                plan
-                or _solve(
-                    program,
-                    mesh,
-                    lambda _: None,
-                    memory=memory,
-                    optimizer=optimizer,
-                    pins=pins,
-                    inputs=inputs,
-                    random_costs=random_costs,
-                    time_limit=time_limit,
-                    gap=gap,
-                    strict=strict,
-                )
-            ).dumps()
-        )
-    )
+    options = {"memory": memory, "optimizer": optimizer, "pins": pins, "inputs": inputs, "random_costs": random_costs}
+    options |= {"time_limit": time_limit, "gap": gap, "strict": strict}
+
+    def decide() -> str:
+        if plan is not None:
+            return plan.dumps()
+        return plan_program(program, make_mesh(torch_mesh, cluster or default_cluster()), lambda _: None, **options).dumps()
+
+    found = Plan.loads(from_rank_zero(decide))
     all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
     executable = together(lambda: compile_plan(program, found, training=model.training))
     return ParallelModule(executable, model, found, torch_mesh, gather_outputs=outputs == "global")  # type: ignore[arg-type]
@@ -154,7 +142,10 @@ def _capture(model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str 
     return capture(check_model(model), sample_inputs, outputs=kept, differentiable=tuple(differentiable) if differentiable else None)
 
 
-def _solve(program: Program, mesh: Mesh, say: Progress, *, memory: str | int | None, strict: bool, **options: Any) -> Plan:
+def plan_program(
+    program: Program, mesh: Mesh, say: Progress, *, memory: str | int | None = None, strict: bool = False, **options: Any
+) -> Plan:
+    """`plan` for a model that is captured already; options as there. `say` hears what is being done."""
     say("reading the sharding rules")
     rules = bind_program(program)
     if strict:

@@ -169,7 +169,7 @@ def run_plan(args: argparse.Namespace) -> int:
         mesh = make_mesh(args.mesh, args.cluster or default_cluster())
         progress("capturing the model")
         program = capture(loaded.model, loaded.inputs)
-        found = api._solve(  # as api.plan does, but the program is still needed for the report
+        found = api.plan_program(  # as api.plan does, but the program is still needed for the report
             program,
             mesh,
             progress,

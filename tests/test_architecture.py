@@ -159,10 +159,11 @@ def test_environment_is_read_in_one_place() -> None:
 def test_runtime_needs_no_planner() -> None:
     """A worker loads an emitted module without tracer, solver or PuLP: nothing below the runtime brings them in."""
     code = (
-        "import sys, pkgutil, importlib, types\n"
-        f"root = types.ModuleType('{PACKAGE}'); root.__path__ = [{str(ROOT)!r}]; sys.modules['{PACKAGE}'] = root\n"
-        f"import {PACKAGE}.runtime as r\n"
-        f"[importlib.import_module('{PACKAGE}.runtime.' + m.name) for m in pkgutil.iter_modules(r.__path__)]\n"
+        "import sys, pkgutil, importlib\n"
+        f"from {PACKAGE} import ParallelModule, Plan\n"
+        f"for part in ('runtime', 'kernels'):\n"
+        f"    package = importlib.import_module('{PACKAGE}.' + part)\n"
+        f"    [importlib.import_module(package.__name__ + '.' + m.name) for m in pkgutil.iter_modules(package.__path__)]\n"
         f"bad = [m for m in sys.modules if m.startswith(('{PACKAGE}.tracer', '{PACKAGE}.solver', '{PACKAGE}.costs', 'pulp', 'highspy'))]\n"
         "sys.exit(' '.join(bad) or None)\n"
     )

@@ -14,12 +14,7 @@ from netmind_autopar.ir.mesh import coordinates
 from netmind_autopar.ir.spec import Partial, Replicate, Shard, Spec, is_valid, shard, unshard
 from netmind_autopar.runtime.collectives import groups_along, lockstep, stage
 
-SHAPES = {
-    "even": ((8,), (4,)),
-    "uneven": ((7,), (5,)),
-    "parts": ((3, 4), (6,)),
-    "uneven parts": ((2, 5), (3, 3)),
-}
+SHAPES = {"even": ((8,), (4,)), "uneven": ((7,), (5,)), "parts": ((3, 4), (6,)), "uneven parts": ((2, 5), (3, 3))}
 MESHES = {"4": "a=4", "2x2": "a=2,b=2", "3": "a=3", "2x3": "a=2,b=3"}
 
 

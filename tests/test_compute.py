@@ -57,10 +57,16 @@ FLOPS = {
     "baddbmm": (aten.baddbmm, [(3, 6, 10), (3, 6, 4), (3, 4, 10)], 3 * 2 * 6 * 4 * 10),
     "mv": (aten.mv, [(6, 4), (4,)], 2 * 6 * 4),
     "convolution": (conv, [(2, 3, 8, 8), (5, 3, 3, 3)], 2 * 2 * 4 * 4 * 5 * 27),
-    "both gradients": (lambda g, x, w: conv_backward(g, x, w, (True, True, False)), [(2, 5, 4, 4), (2, 3, 8, 8), (5, 3, 3, 3)],
-                       2 * 2 * 2 * 4 * 4 * 5 * 27),
-    "one gradient": (lambda g, x, w: conv_backward(g, x, w, (False, True, False)), [(2, 5, 4, 4), (2, 3, 8, 8), (5, 3, 3, 3)],
-                     2 * 2 * 4 * 4 * 5 * 27),
+    "both gradients": (
+        lambda g, x, w: conv_backward(g, x, w, (True, True, False)),
+        [(2, 5, 4, 4), (2, 3, 8, 8), (5, 3, 3, 3)],
+        2 * 2 * 2 * 4 * 4 * 5 * 27,
+    ),
+    "one gradient": (
+        lambda g, x, w: conv_backward(g, x, w, (False, True, False)),
+        [(2, 5, 4, 4), (2, 3, 8, 8), (5, 3, 3, 3)],
+        2 * 2 * 4 * 4 * 5 * 27,
+    ),
     "gelu": (aten.gelu, [(6, 4)], 0),
 }
 
@@ -129,8 +135,11 @@ def test_small_matmuls_are_less_efficient() -> None:
 
 
 def test_views_and_tiny_constants_are_free() -> None:
-    views = [(aten.t, "+a b -> b a"),
-             (lambda x: aten.view(x, [64, 64]), "+a b -> a b"), (lambda x: aten.expand(x, [64, 64]), "+a b -> a b")]
+    views = [
+        (aten.t, "+a b -> b a"),
+        (lambda x: aten.view(x, [64, 64]), "+a b -> a b"),
+        (lambda x: aten.expand(x, [64, 64]), "+a b -> a b"),
+    ]
     for fn, pattern in views:
         node = capture(fn, (64, 64))
         assert node_seconds(node, ruled(pattern, node), ("-", "-"), H100) == 0.0
@@ -168,8 +177,13 @@ def test_many_strategies_at_once() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-       st.sampled_from([*CLUSTERS]))
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.sampled_from([*CLUSTERS]),
+)
 def test_prices_are_finite_and_positive(m: int, k: int, n: int, dtype: torch.dtype, cluster: str) -> None:
     mesh = make_mesh("a=2,b=3", cluster)
     rows = [(aten.mm, [(m, k), (k, n)], MM), (aten.gelu, [(m, n)], POINTWISE), (lambda x: aten.sum(x, [1]), [(m, n)], "a b -> a")]
