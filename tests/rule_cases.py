@@ -71,6 +71,7 @@ def _listed() -> Iterator[Case]:
         yield "aten.linear.default", (F(m, k), F(n, k)), {}
         yield "aten.embedding.default", (F(m, n), I(m, k, 2)), {}
         yield "aten.embedding_dense_backward.default", (F(k, 2, n), I(m, k, 2), m, -1, False), {}
+        yield "aten.embedding_dense_backward.default", (F(k, 2, n), I(m, k, 2), m, -1, True), {}  # counts how often an index occurs
         yield "autopar.embedding.default", (F(m, n), I(m, k, 2), 0, -1), {}
         yield "autopar.embedding_backward.default", (F(k, 2, n), I(m, k, 2), m, 0, 1), {}
         yield "autopar.nll_loss.default", (F(k, n), I(n, k), 1), {}

@@ -202,6 +202,15 @@ def convolution(call: Call, direction: str) -> Rule:
     return sketch.rule([ys, xs, ws], outputs)
 
 
+def embedding_backward(call: Call) -> Rule:
+    """Rows of the gradient added up at their indices. Scaled by how often an index occurs, all indices must be seen."""
+    sketch = Sketch(call)
+    grad, indices = call.shapes
+    full = sketch.dims(grad, range(len(indices)) if call["scale_grad_by_freq"] else ())
+    rows = sketch.letter(call["num_weights"], fixed=True, name="v")
+    return sketch.rule([full, full[:-1]], [[rows, full[-1]]], ["*", "_"])
+
+
 def attention(call: Call, direction: str) -> Rule:
     """Batch, key-value heads g, query heads per key-value head r, and query rows where no row depends on its number.
 

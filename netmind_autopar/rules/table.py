@@ -100,7 +100,7 @@ TABLE: dict[str, str] = {
     "aten.mv.default": "m k, k -> m",
     "aten.dot.default": "k, k -> ",
     "aten.embedding.default": "*v! d, ... -> ... d",
-    "aten.embedding_dense_backward.default": "*... d, ... -> v! d",
+    "aten.embedding_dense_backward.default": "embedding_backward",
     "aten.tril.default": "+... h! w! -> ... h! w!",
     "aten.triu.default": "+... h! w! -> ... h! w!",
     "aten.max_pool2d_with_indices.default": "... h! w! -> ... y! x!, ... y! x!",
