@@ -205,8 +205,7 @@ class _Sides:
             return leaves[out.name].detach()
         if out.role == "mutation":
             return self._original(out.name).detach().clone()
-        item = next(i for i in self.program.inputs if i.name == out.name and i.role in ("param", "input"))
-        owner = self._original(out.name) if item.role == "param" else self.users[item.index]
+        owner = self._original(out.name) if out.index < 0 else self.users[out.index]
         return torch.zeros_like(owner) if owner.grad is None else owner.grad.detach().clone()
 
     def lockstep(self, state: Mapping[str, Tensor], observe: simulate.Observer | None = None, *, fresh: bool = False) -> list[list[Tensor]]:
@@ -224,7 +223,7 @@ class _Sides:
                 self.locals[self.nodes["buffer", out.name]] = [t.clone() for t in have]
                 if random:
                     self._original(out.name).data.copy_(want)
-            elif out.role == "grad" and ("param", out.name) in self.nodes:
+            elif out.role == "grad" and out.index < 0:
                 for local, grad in zip(self.locals[self.nodes["param", out.name]], have, strict=True):
                     local.grad = grad.detach().reshape(local.shape).clone()
                 if random:

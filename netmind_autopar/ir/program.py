@@ -40,7 +40,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """A result. role: "output" (the user's leaf `index`), "mutation" (new value of buffer `name`) or "grad" (of input `name`)."""
+    """A result. role: "output" (the user's leaf `index`), "mutation" (new value of buffer `name`) or "grad".
+
+    A gradient has name and index of its `Input`: a parameter's index is -1, so an input may be called like a parameter.
+    """
 
     node: str
     role: str

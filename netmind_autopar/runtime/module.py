@@ -73,6 +73,7 @@ class ParallelModule(nn.Module):
         self._place = Place(plan.axis_names, sizes, coord, device, ProcessWire(groups, sizes, coord), executable.constants)
         self._forward, self._backward = load(executable.source, self._place)
         self._infer: Callable[..., Any] | None = None
+        self._shared: dict[bool, list[list[int]]] = {}
         self._roles = _Roles(executable)
         self._adopt(model, sizes, coord, device)
         self.train(executable.training)
@@ -105,6 +106,21 @@ class ParallelModule(nn.Module):
             else:
                 leaves[out.index] = value.full_tensor() if self._gather and isinstance(value, DTensor) else value
         return self._executable.signature.unpack(leaves)
+
+    def _keep_from_changing(self, buffers: Sequence[Tensor], values: list[Tensor], saved: list[Tensor]) -> None:
+        """Copy results and saved values that share memory with a buffer which this step writes: they mean its old value.
+
+        Which ones do is the same in every step, so it is looked up once for training and once for inference.
+        """
+        if not buffers:
+            return
+        key = bool(saved)
+        if key not in self._shared:
+            memory = {t.untyped_storage().data_ptr() for t in buffers if t.numel()}
+            self._shared[key] = [[k for k, t in enumerate(ts) if t.untyped_storage().data_ptr() in memory] for ts in (values, saved)]
+        for tensors, found in zip((values, saved), self._shared[key], strict=True):
+            for k in found:
+                tensors[k] = tensors[k].clone()
 
     def _check_mode(self) -> None:
         depends = any(i.role == "seed" for i in self._executable.inputs) or any(o.role == "mutation" for o in self._executable.outputs)
@@ -161,8 +177,11 @@ class ParallelModule(nn.Module):
                 spec = specs.get(name) or specs.get(self._executable.tied.get(name, name))
                 adopted[first] = self._distribute(name, parameter, spec, sizes, coord, device)
             _attach(self, name, adopted[first], persistent=True)
-        for name, buffer in buffers.items():
-            _attach(self, name, _broadcast(name, buffer, device), persistent=name not in hidden)
+        kept: dict[int, Tensor] = {}
+        for name, buffer in buffers.items():  # one tensor that has two names stays one
+            if id(buffer) not in kept:
+                kept[id(buffer)] = _broadcast(name, buffer, device)
+            _attach(self, name, kept[id(buffer)], persistent=name not in hidden)
 
     def _distribute(
         self, name: str, parameter: Tensor, spec: Spec | None, sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device
@@ -189,8 +208,10 @@ class _Roles:
         self.results = [o for o, _ in ends if o.role != "grad"]
         self.result_specs = [s for o, s in ends if o.role != "grad"]
         self.leaves = 1 + max((o.index for o in self.results if o.role == "output"), default=-1)
-        order = {(i.name, i.role == "param"): k for k, i in enumerate(self.leading) if i.role in ("param", "input")}
-        self.grad_slots = [order.get((o.name, True), order.get((o.name, False))) for o, _ in ends if o.role == "grad"]
+        order = {(i.name, i.index): k for k, i in enumerate(self.leading) if i.role in ("param", "input")}
+        self.grad_slots = [order[o.name, o.index] for o, _ in ends if o.role == "grad"]
+        changed = {o.name for o in self.results if o.role == "mutation"}
+        self.changed = [k for k, i in enumerate(self.leading) if i.role == "buffer" and i.name in changed]
 
 
 class _Step(torch.autograd.Function):
@@ -202,18 +223,21 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         locals_ = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
         ctx.pm = pm
-        if any(ctx.needs_input_grad):
-            values, ctx.saved = pm._forward(*locals_)
-            ctx.versions = [(t, t._version) for item, t in zip(roles.leading, owners, strict=True) if item.role in ("param", "input")]
-        else:
-            if pm._infer is None:
-                pm._infer = load(pm._executable.inference_source(), place, "inference")
-            values, _ = pm._infer(*locals_)
+        training = any(ctx.needs_input_grad)
+        if not training and pm._infer is None:
+            pm._infer = load(pm._executable.inference_source(), place, "inference")
+        values, saved = (pm._forward if training else pm._infer)(*locals_)  # type: ignore[misc]
+        values, saved = list(values), list(saved)
+        pm._keep_from_changing([locals_[k] for k in roles.changed], values, saved)
+        if training:
+            ctx.saved = saved
+            ctx.owners = [t for item, t in zip(roles.leading, owners, strict=True) if item.role in ("param", "input")]
+            ctx.versions = [(t, t._version) for t in (*ctx.owners, *saved)]
         out: list[Tensor] = []
         for end, spec, value in zip(roles.results, roles.result_specs, values, strict=True):
             if end.role == "output" and spec.shape:
                 value = as_dtensor(value, pm._mesh, torch_placements(spec), spec.shape)
-            elif any(value is t for t in owners):
+            elif any(value is t for t in (*owners, *out)):  # each result is a tensor of its own: a loss may also be a new buffer
                 value = value.clone()
             out.append(value)
         ctx.mark_non_differentiable(
@@ -232,11 +256,14 @@ class _Step(torch.autograd.Function):
             )
         if any(t._version != version for t, version in ctx.versions):
             raise AutoparError(
-                "a parameter or input was changed in place between forward and backward", try_="call optimizer.step() after backward()"
+                "a parameter, an input or an output was changed in place between forward and backward",
+                why="backward needs the values that forward had",
+                try_="call optimizer.step() after backward(), and write loss = loss / n instead of loss /= n",
             )
         tangents = _tangents(pm, grads)
-        saved, ctx.saved = ctx.saved, None
-        results = pm._backward(saved, *tangents)
+        given = [*tangents, *(t._local_tensor if isinstance(t, DTensor) else t for t in ctx.owners)]
+        saved, ctx.saved, ctx.versions, ctx.owners = ctx.saved, None, None, ()
+        results = _owned(pm._backward(saved, *tangents), given)
         out: list[Tensor | None] = [None] * len(roles.leading)
         for slot, grad in zip(roles.grad_slots, results, strict=True):
             item, spec = roles.leading[slot], roles.leading_specs[slot]
@@ -267,6 +294,22 @@ def _tangents(pm: ParallelModule, grads: Sequence[Tensor | None]) -> list[Tensor
         elif spec.shape:
             grad = shard(grad, spec, place.sizes, place.coord)
         out.append(grad.contiguous())
+    return out
+
+
+def _owned(grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients that may be written into, as clipping and accumulation do: dense, and no memory shared with another or with `given`."""
+    foreign = {t.untyped_storage().data_ptr() for t in given}
+    taken: dict[int, list[tuple[int, int]]] = {}
+    out: list[Tensor] = []
+    for grad in grads:
+        memory, start = grad.untyped_storage().data_ptr(), grad.storage_offset()
+        pieces, end = taken.setdefault(memory, []), start + grad.numel()
+        if not grad.is_contiguous() or memory in foreign or any(start < b and a < end for a, b in pieces):
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        else:
+            pieces.append((start, end))
+        out.append(grad)
     return out
 
 
