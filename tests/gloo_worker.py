@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import models
 
-from netmind_autopar import autoparallelize
+from netmind_autopar import AutoparError, autoparallelize
 from netmind_autopar.verification import relative_error
 
 OPTIMIZERS = {"sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3)}
@@ -81,6 +81,24 @@ def train(case: dict) -> dict[str, float]:
     return worst
 
 
+def refuse(case: dict) -> dict[str, str]:
+    """The error that this rank gets where one rank's trouble must be everybody's."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("a",))
+    model, inputs = models.mlp()
+    options: dict[str, Any] = {}
+    if case["refusal"] == "no memory":
+        options["memory"] = "1KiB"
+    elif dist.get_rank() == 1 and case["refusal"] == "other model":
+        model, inputs = models.mlp(wide=64)
+    elif dist.get_rank() == 1 and case["refusal"] == "bad input on one rank":
+        inputs = "text"
+    try:
+        autoparallelize(model, inputs, mesh, **options)
+    except AutoparError as e:
+        return {"kind": type(e).__name__, "text": str(e)}
+    return {"kind": "none", "text": ""}
+
+
 def main() -> None:
     rank, world, store, out, cases = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), json.loads(sys.argv[5])
     torch.set_num_threads(1)
@@ -88,11 +106,11 @@ def main() -> None:
     results = []
     for case in cases:
         try:
-            results.append(train(case))
+            results.append(refuse(case) if "refusal" in case else train(case))
         except Exception:
             results.append({"error": traceback.format_exc()})
             break
-    if rank == 0 or "error" in results[-1]:
+    if rank == 0 or "error" in results[-1] or "refusal" in cases[0]:
         out.with_suffix(f".{rank}").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -59,3 +59,13 @@ def test_training_equals_one_process(run: tuple[list[dict], list[dict]]) -> None
             bar = 1e-3 if kind == "bytes" else TOLERANCE[case["dtype"]]
             assert error <= bar, f"{case}: {kind} differs by {error:.2g}"
     assert len(results) == len(work)
+
+
+@pytest.mark.gloo
+def test_one_ranks_trouble_is_everybodys(tmp_path: Path) -> None:
+    expected = {"no memory": "InfeasibleError", "other model": "MeshError", "bad input on one rank": "InputError"}
+    launch(2, [{"refusal": name} for name in expected], tmp_path)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"results.{rank}").read_text())
+        assert [r["kind"] for r in found] == list(expected.values()), found
+    assert "rank 1" in found[2]["text"] or "sample_inputs" in found[2]["text"]
