@@ -255,6 +255,8 @@ class _Sides:
         if node.target is move:
             origin, index = source(origin)
         value = truth.get(origin.name, state.get(origin.name))
+        if value is None:  # made by a pass: a copy in dense memory
+            return ""
         if index is not None and isinstance(value, (tuple, list)):
             value = value[index]
         specs = self.lowered.specs[node.name]

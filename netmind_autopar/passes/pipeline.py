@@ -16,6 +16,7 @@ from ..rules.algebra import Rule, Strategy
 from ..solver.conversions import end_rules
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
+from .dense import make_dense
 from .localize import localize
 from .reshard import insert_reshards
 
@@ -36,6 +37,7 @@ Pass = Callable[[Program, Lowering], Program]
 PASSES: tuple[Pass, ...] = (
     localize,  # first: every op works on local shapes and says which specs it takes and gives
     insert_reshards,  # then every edge whose two specs differ gets its collectives
+    make_dense,  # what arrives at an op, moved or not, is dense where the op reads it so
     bucket_gradients,  # last: only now the gradients' all-reduces stand in the graph
 )
 

@@ -1,0 +1,46 @@
+"""Plans that no solver would choose: a random legal strategy for every class, prices ignored."""
+
+from __future__ import annotations
+
+import random
+
+from netmind_autopar.costs.comm import Conversions
+from netmind_autopar.costs.device import make_mesh
+from netmind_autopar.ir.plan import Plan, PlanAxis
+from netmind_autopar.ir.program import Program
+from netmind_autopar.rules.algebra import Rule
+from netmind_autopar.solver.build import collect
+from netmind_autopar.solver.conversions import needed_conversions, owner_of
+from netmind_autopar.solver.solve import choices_to_strategies
+from netmind_autopar.tracer.hash import graph_hash
+
+
+def random_plan(program: Program, rules: dict[str, Rule], mesh: str, seed: int, *, idle: float = 0.1, inputs: str = "global") -> Plan:
+    """Every class draws one of its strategies, "split nothing" with probability `idle`; classes at impossible edges draw again."""
+    links = make_mesh(mesh, "h100-sxm")
+    kinds = {name: kind for name, kind in collect(program, rules, links.sizes, inputs).items() if len(kind.strategies) > 1}
+    draw = random.Random(seed)
+    axes = tuple(PlanAxis(name=a.name, size=a.size, bandwidth_bytes_s=a.bandwidth_bytes_s, latency_s=a.latency_s) for a in links.axes)
+
+    def pick(name: str) -> str:
+        options = kinds[name].strategies
+        return " ".join(options[0] if draw.random() < idle else draw.choice(options))
+
+    choices = {name: pick(name) for name in kinds}
+    conversions = Conversions(links, None)
+    class_of = {member: name for name, kind in kinds.items() for member in kind.members}
+    for attempt in range(200):
+        plan = Plan(graph_hash=graph_hash(program), mesh=axes, choices=dict(choices), inputs=inputs, status="given")  # type: ignore[arg-type]
+        strategies = choices_to_strategies(program, rules, plan)
+        bad = [
+            n
+            for n in needed_conversions(program, rules, strategies, links.sizes)
+            if conversions.seconds(n.source, n.target) == float("inf")
+        ]
+        if not bad:
+            return plan
+        for need in bad:
+            ends = {need.producer, *(u.node if u.result is None else owner_of(program, u.result) or "" for u in need.uses)}
+            for name in {class_of.get(end, end) for end in ends} & kinds.keys():
+                choices[name] = pick(name) if attempt < 100 else " ".join(kinds[name].strategies[0])
+    raise AssertionError("no feasible plan was drawn")

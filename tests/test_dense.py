@@ -1,0 +1,74 @@
+"""Ops whose ATen kernels read memory as if it were dense, fed with tensors that are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from case_kit import make
+from random_plans import random_plan
+from rule_cases import CASES
+from torch import Tensor, nn
+
+from netmind_autopar.passes.dense import DENSE_ONLY
+from netmind_autopar.passes.pipeline import lower
+from netmind_autopar.rules.bind import bind_program
+from netmind_autopar.rules.prove import difference, put_tensors
+from netmind_autopar.tracer.capture import capture
+from netmind_autopar.verification import compare
+
+VIEWS = {"aten.view.default", "aten._unsafe_view.default"}  # lowered to reshape
+OWN = {"autopar.attention.default", "autopar.attention_backward.default"}  # their kernels are tested with their own
+GARBAGE = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
+
+
+def turned(t: Tensor) -> Tensor:
+    """The same numbers, dims in memory in opposite order."""
+    order = list(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
+
+
+def gaps(t: Tensor) -> Tensor:
+    """The same numbers, every other element of a larger tensor."""
+    wide = t.new_zeros([2 * n for n in t.shape])
+    view = wide[tuple(slice(0, None, 2) for _ in t.shape)]
+    view.copy_(t)
+    return view
+
+
+@pytest.mark.parametrize("strange", [turned, gaps])
+def test_all_other_ops_take_any_strides(strange) -> None:
+    """Every case of the rule table: an op that is not in `DENSE_ONLY` computes the same from strided operands."""
+    for case in CASES:
+        call = make(case)
+        if call.op in VIEWS | OWN | GARBAGE or call.target in DENSE_ONLY:
+            continue
+        args, kwargs = put_tensors(call.args, call.kwargs, [strange(t) if t.dim() else t for t in call.tensors])
+        result = call.target(*args, **kwargs)
+        items = result if isinstance(result, (list, tuple)) else (result,)
+        for got, want in zip(items, call.outputs, strict=True):
+            assert want is None or difference(got, want) == "", call.op
+
+
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind = {"dtype": torch.float64}
+        self.group, self.layer = nn.GroupNorm(2, 6, **kind), nn.LayerNorm(5, **kind)
+        self.scale = nn.Parameter(torch.randn(6, 1, **kind))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.group(x.transpose(0, 1) * self.scale)
+        return self.layer(y.transpose(0, 1).sin() * self.scale[:, None]).square().sum()
+
+
+@pytest.mark.parametrize("mesh", ["a=2,b=2", "a=3"])
+def test_norms_of_turned_tensors(mesh: str) -> None:
+    x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    model = Norms()
+    program = capture(model, x)
+    rules = bind_program(program)
+    for seed in range(8):
+        plan = random_plan(program, rules, mesh, seed)
+        report = compare(model, x, program, lower(program, rules, plan), plan)
+        assert report.ok, f"seed {seed}: {report.first_difference}"
