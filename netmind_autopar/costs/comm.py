@@ -158,7 +158,7 @@ class _Space:
         at = self.where[self.specs[piece].placements[axis]]  # type: ignore[index]
         outermost = math.prod(self.local[whole][:at]) == 1
         if kind == "slice":
-            return (0, 0) if outermost else (2 * after, 1)
+            return 2 * after, 1
         even = self.local[whole][at] == self.local[piece][at] * self.mesh.axes[axis].size
         return (0, 0) if outermost and even else (2 * max(before, after), 1)
 

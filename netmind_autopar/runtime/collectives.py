@@ -46,7 +46,9 @@ def bucket(tensors: Sequence[Tensor], axis: int, op: str) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A move bound to one device. `wire` is None for a local move, else what carries the packed tensor along dim 0."""
+    """A move bound to one device. `wire` is None for a local move, else what carries the packed tensor along dim 0.
+
+    fresh: what `pack` gives is a tensor of its own, which may be reduced in place."""
 
     pack: Callable[..., Tensor]
     unpack: Callable[[Tensor], Tensor]
@@ -55,6 +57,7 @@ class Stage:
     op: str = "sum"
     send: tuple[int, ...] = ()
     receive: tuple[int, ...] = ()
+    fresh: bool = False
 
 
 @functools.lru_cache(maxsize=65536)
@@ -129,8 +132,11 @@ def _all_to_all(a: Spec, b: Spec, axis: int, sizes: tuple[int, ...], coord: tupl
 def _slice(a: Spec, b: Spec, axis: int, sizes: tuple[int, ...], coord: tuple[int, ...]) -> Stage:
     part, have, shape = _split_part(b, axis), local_parts(a, sizes, coord), local_shape(b, sizes, coord)
     start, length = chunk(have[part], sizes[axis], coord[axis])
-    # Contiguous, so that views of it work and the whole tensor is not kept alive by its piece.
-    return Stage(lambda x: x.reshape(have).narrow(part, start, length).contiguous().reshape(shape), _same)
+
+    def pack(x: Tensor) -> Tensor:  # a copy, so that views of it work and the whole tensor is not kept alive by its piece
+        return x.reshape(have).narrow(part, start, length).clone(memory_format=torch.contiguous_format).reshape(shape)
+
+    return Stage(pack, _same)
 
 
 def _mask(a: Spec, b: Spec, axis: int, sizes: tuple[int, ...], coord: tuple[int, ...]) -> Stage:
@@ -164,7 +170,7 @@ def bucket_stage(shapes: tuple[tuple[int, ...], ...], axis: int, op: str) -> tup
     def unbundle(y: Tensor) -> tuple[Tensor, ...]:
         return tuple(piece.view(s) for piece, s in zip(y.split(counts), shapes, strict=True))
 
-    return Stage(pack, _same, "all_reduce", axis, op), unbundle
+    return Stage(pack, _same, "all_reduce", axis, op, fresh=True), unbundle
 
 
 def sent_bytes(wire: str, packed: Tensor, n: int, send: tuple[int, ...] = (), own: int = 0) -> int:
@@ -187,7 +193,7 @@ class ProcessWire:
         self.sent: dict[tuple[str, int], int] = {}
 
     def carry(self, step: Stage, packed: Tensor) -> Tensor:
-        """Run the collective of one stage; returns a new tensor."""
+        """Run the collective of one stage; returns a new tensor, or the packed one when it is fresh."""
         wire, n, group = step.wire, self.sizes[step.axis], self.groups[step.axis]
         key = (str(wire), step.axis)
         self.sent[key] = self.sent.get(key, 0) + sent_bytes(str(wire), packed, n, step.send, self.coord[step.axis])
@@ -200,7 +206,7 @@ class ProcessWire:
         elif wire == "all_to_all":
             y = ops.all_to_all_single(x, list(step.receive), list(step.send), group)
         else:
-            y = ops.all_reduce(x, step.op, group)
+            y = (ops.all_reduce_ if step.fresh else ops.all_reduce)(x, step.op, group)
         y = ops.wait_tensor(y)
         return y.view(torch.bool) if packed.dtype == torch.bool else y
 

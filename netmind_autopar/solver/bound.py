@@ -85,6 +85,8 @@ def live_bytes(value: Value, p: int, targets: list[tuple[int, list[int]]], patte
             alive |= any(pattern.holds[t] for t in takers)
         else:
             alive |= all(pattern.later[t] for t in takers)
+            if value.room is not None and all(pattern.later[t] for t in takers) and any(pattern.taken[t] for t in takers):
+                total += int(value.room[p, q])
             total += int(value.copy_bytes[q]) * (any(pattern.taken[t] for t in takers) and any(pattern.holds[t] for t in takers))
     return total + int(value.bytes[p]) * alive
 
@@ -161,6 +163,10 @@ class Relaxed:
                 both = [t for t in group if pattern.taken[t] and pattern.holds[t]]
                 for t in both:
                     shares[t][p] += price * value.copy_bytes * ~value.same[p] / len(both)
+                now = [t for t in pattern.now if t in group]
+                if value.room is not None and now and all(pattern.later[t] for t in group):
+                    for t in now:
+                        shares[t][p] += price * value.room[p] * ~value.same[p] / len(now)
 
     def _add(self, value: Value, t: int, share: np.ndarray) -> None:
         i, j = value.node, value.consumers[t].node

@@ -1,4 +1,9 @@
-"""From a captured program to the solver's problem: classes instead of nodes, layouts instead of tensors, moments instead of ops."""
+"""From a captured program to the solver's problem: classes instead of nodes, layouts instead of tensors, moments instead of ops.
+
+Moments follow the emitted code: forward, then backward. Op m runs at moment 2m + 1, the conversions that it is the first to need
+at 2m; a result of the program is converted right after it is made. So the memory of a conversion and of the op after it are
+counted apart, as they are used.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..costs.comm import Conversions
+from ..costs.comm import BUCKET_BYTES, Conversions
 from ..costs.compute import FREE, node_prices, short_name
+from ..costs.room import room
 from ..ir.mesh import Mesh
 from ..ir.program import Input, Program, is_getitem, tensor_args, values
 from ..ir.spec import Spec, layout, local_bytes
@@ -39,7 +45,7 @@ class Kind:
 @dataclass(frozen=True)
 class Built:
     """The problem, and what its numbers stand for: `kinds[i]` is node i, `specs[v]` the (source, target) layouts of value v,
-    `takers[v]` the uses of its first instance, `order[m]` the node that runs at moment m."""
+    `takers[v]` the uses of its first instance, `order[m]` the op that runs, or is prepared, at moment m."""
 
     problem: Problem
     kinds: tuple[Kind, ...]
@@ -97,8 +103,16 @@ def collect(program: Program, rules: Mapping[str, Rule], sizes: tuple[int, ...],
     return out
 
 
-def _kind(name: str, members: tuple[str, ...], rule: Rule, ins: Sequence[torch.dtype], outs: Sequence[torch.dtype | None],
-          sizes: tuple[int, ...], cache: dict, role: str) -> Kind:
+def _kind(
+    name: str,
+    members: tuple[str, ...],
+    rule: Rule,
+    ins: Sequence[torch.dtype],
+    outs: Sequence[torch.dtype | None],
+    sizes: tuple[int, ...],
+    cache: dict,
+    role: str,
+) -> Kind:
     found = strategies_of(rule, sizes, cache)
     key = ("specs", id(found), tuple(ins), tuple(outs), rule.reduce, rule.inputs, rule.outputs)
     if key not in cache:
@@ -115,32 +129,31 @@ class _Build:
         self.index = {name: i for i, name in enumerate(self.kinds)}
         self.class_of = {member: kind.name for kind in self.kinds.values() for member in kind.members}
         self.ends: dict[str, Input] = program.placeholders()
-        self.order = tuple(n.name for n in program.graph.nodes if n.op == "call_function" and not is_getitem(n)) or ("",)
-        self.moment = {name: m for m, name in enumerate(self.order)}
-        phases = [self.nodes[name].meta["phase"] if name else "forward" for name in self.order]
-        self.forward_end = max((m for m, phase in enumerate(phases) if phase == "forward"), default=0)
+        ops = [n for n in program.graph.nodes if n.op == "call_function" and not is_getitem(n)]
+        forward = [n.name for n in ops if n.meta["phase"] == "forward"]
+        self.ops = tuple(forward + [n.name for n in ops if n.meta["phase"] != "forward"])
+        self.moment = {name: 2 * m + 1 for m, name in enumerate(self.ops)}
+        self.forward_end, self.end = max(2 * len(forward) - 1, 0), 2 * len(self.ops)
         self.uses = uses(program)
+        grads = {o.node for o in program.outputs if o.role == "grad"}
+        self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
         self.hold = self._holds()
         self.states: dict[Spec, tuple] = {}
 
     def _holds(self) -> dict[str, int]:
         """Per op the last moment at which something taken from it as a view is needed."""
-        end = len(self.order) - 1
         hold: dict[str, int] = {}
         by_node: dict[str, list[Use]] = {}
         for (name, _), takers in self.uses.items():
             by_node.setdefault(name, []).extend(takers)
-        for name in reversed(self.order):
-            last = self.moment.get(name, 0)
-            for use in by_node.get(name, ()):
-                last = max(last, end if use.result else self.held(use, hold))
-            hold[name] = last
+        for name in reversed(self.ops):
+            hold[name] = max((self.held(use, hold) for use in by_node.get(name, ())), default=self.moment[name])
         return hold
 
     def held(self, use: Use, hold: Mapping[str, int]) -> int:
-        """When a use lets go of what it took."""
+        """When a use lets go of what it took: the user keeps outputs and gradients; a buffer's new value is copied after forward."""
         if use.result:
-            return len(self.order) - 1
+            return min(self.forward_end + 1, self.end) if use.result.role == "mutation" else self.end
         return hold[use.node] if self.is_view(use.node) else self.moment[use.node]
 
     def consumer(self, use: Use) -> str:
@@ -213,9 +226,10 @@ class _Build:
             for u, s in zip(takers, states, strict=True)
         )
         produced = np.array([self.born(n) for n, _ in group])
-        used = np.array([[self.moment[u.node] if u.result is None else self.born(n) for u in self.uses[n, i]] for n, i in group])
-        held = np.array([[self.held(u, self.hold) for u in self.uses[n, i]] for n, i in group])
+        used = np.array([[self.taken(u, n) for u in self.uses[n, i]] for n, i in group])
+        held = np.array([[self.end if self.is_tangent(n) else self.held(u, self.hold) for u in self.uses[n, i]] for n, i in group])
         shape = (len(group), len(takers))
+        need, left = self.room(name, index, conversions, sources, targets, same, is_gradient)
         owns = not self.is_resident(name) and not self.is_view(name)
         value = Value(
             f"{producer}" + (f"[{index}]" if index else ""),
@@ -226,21 +240,47 @@ class _Build:
             same,
             np.array([s.has_partial for s in sources]),
             np.array([local_bytes(s, self.sizes) * owns for s in sources], dtype=np.int64),
-            np.array([local_bytes(s, self.sizes) for s in targets], dtype=np.int64),
+            left,
             produced,
             used.reshape(shape),
             held.reshape(shape),
             "gradient" if is_gradient else "activation",
+            need,
         )
         return value, (tuple(sources), tuple(targets))
 
+    def room(
+        self, name: str, index: int, conversions: Conversions, sources: list[Spec], targets: list[Spec], same: np.ndarray, is_gradient: bool
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Bytes that conversions need while they run, and those of the copies they leave.
+
+        A tensor that is not contiguous is packed first. A gradient's all-reduce waits for its bucket: others lie there packed.
+        """
+        if same.all():
+            return None, np.array([local_bytes(s, self.sizes) for s in targets], dtype=np.int64)
+        need, left, reduced = room(conversions, sources, targets)
+        if not values(self.nodes[name])[index].is_contiguous():  # type: ignore[union-attr]
+            need = need + np.array([local_bytes(s, self.sizes) for s in sources], np.int64)[:, None]
+        if is_gradient and self.gradient_bytes > BUCKET_BYTES:
+            need = need + reduced * BUCKET_BYTES
+        elif is_gradient:  # all in one bucket
+            left = left + reduced * left
+        return need * ~same, np.max(left * ~same, axis=0, initial=0)
+
     def born(self, name: str) -> int:
         """The moment at which a value exists: a tangent when backward begins, other ends from the start."""
-        is_tangent = name in self.ends and self.ends[name].role == "tangent"
-        return min(self.forward_end + 1, len(self.order) - 1) if is_tangent else self.moment.get(name, 0)
+        return min(self.forward_end + 1, self.end) if self.is_tangent(name) else self.moment.get(name, 0)
+
+    def is_tangent(self, name: str) -> bool:
+        """Tangents are the caller's: they live until the step's end."""
+        return name in self.ends and self.ends[name].role == "tangent"
+
+    def taken(self, use: Use, producer: str) -> int:
+        """The moment at which a value is converted for a use, if it must be."""
+        return self.moment[use.node] - 1 if use.result is None else min(self.born(producer) + 1, self.end)
 
     def is_resident(self, name: str) -> bool:
-        return self.nodes[name].op != "call_function" and (name not in self.ends or self.ends[name].role != "tangent")
+        return self.nodes[name].op != "call_function" and not self.is_tangent(name)
 
     def is_view(self, name: str) -> bool:
         return short_name(self.nodes[name]) in FREE
@@ -294,8 +334,9 @@ def build(
         made.append(value)
         specs.append(spec)
         takers.append(tuple(work.uses[group[0]]))
-    problem = Problem(tuple(nodes), tuple(made), len(work.order), 0, limit_bytes)
-    return Built(problem, tuple(work.kinds.values()), tuple(specs), tuple(takers), work.order, work.nodes, work.forward_end)
+    problem = Problem(tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes)
+    order = tuple(work.ops[min(m // 2, len(work.ops) - 1)] if work.ops else "" for m in range(work.end + 1))
+    return Built(problem, tuple(work.kinds.values()), tuple(specs), tuple(takers), order, work.nodes, work.forward_end)
 
 
 def _priced(node: fx.Node, kind: Kind, mesh: Mesh, cache: dict[tuple, np.ndarray]) -> np.ndarray:

@@ -6,6 +6,7 @@ At moment m, with f[t, p, q] the flow of consumer t (1 when the value has source
                                   live ≥ f[t, p, q] - Σ_u f[u, p, q]     for a copy first made at m or later; u took it before m
     a copy in state q lives       live ≥ Σ_p f[t, p, q]                  for t with used ≤ m ≤ held
                                   live ≥ Σ_p f[t, p, q] + f[u, p, q] - 1 for t that took it before m and u that takes it after
+    a conversion runs             live ≥ f[t, p, q] - Σ_u f[u, p, q]     for t that takes it at m; u took it before m
 
 which is exactly what `problem.items` counts, whenever the flows are whole. Instances of a folded value with the same pattern of
 "took it" and "holds it" share their terms.
@@ -30,6 +31,11 @@ class Pattern:
     taken: tuple[bool, ...]
     later: tuple[bool, ...]
     holds: tuple[bool, ...]
+
+    @property
+    def now(self) -> list[int]:
+        """The consumers that take it at this very moment."""
+        return [t for t, (taken, later) in enumerate(zip(self.taken, self.later, strict=True)) if taken and later]
 
 
 def patterns(value: Value, moment: int) -> Iterator[Pattern]:

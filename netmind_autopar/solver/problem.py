@@ -12,6 +12,7 @@ reads, writes, and what lies waiting:
     the value    from its production until the last consumer that takes it as it is lets go of it, and until the last
                  conversion made from it
     a copy       per group and target state: from its first consumer's moment until its last consumer lets go
+    a conversion what it packs and receives: at the moment at which the copy is made
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Value:
     same[p, q]        True where both states are one layout: no copy is made
     shared[p]         True where a conversion from p serves both phases
     bytes[p], copy_bytes[q]   of one instance in a source state, and of a copy in a target state
+    room[p, q]        bytes that a conversion needs while it runs, source and copy left out; None for none
     produced[i]       the moment at which instance i is produced
     used[i, t], held[i, t]    when consumer t of instance i takes it, and when it lets go (views hold their base)
     """
@@ -70,6 +72,7 @@ class Value:
     used: np.ndarray
     held: np.ndarray
     kind: str = "activation"
+    room: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -164,6 +167,8 @@ def items(problem: Problem, choice: Sequence[int]) -> Iterator[Item]:
             end = np.maximum(end, last if value.same[p, q] else start)
             if not value.same[p, q]:
                 yield Item(v, int(value.copy_bytes[q]), start, last, q, tuple(takers))
+                if value.room is not None and value.room[p, q]:
+                    yield Item(v, int(value.room[p, q]), start, start, q, tuple(takers))
         yield Item(v, int(value.bytes[p]), value.produced, end, -1, ())
 
 

@@ -193,7 +193,8 @@ class Shard:
             parts += [(float(node.resident[k]), expr) for k, expr in self.x[i].items() if node.resident[k]]
         for v, value in enumerate(self.problem.values):
             for pattern in patterns(value, moment):
-                parts += [(pattern.count * b, e) for b, e in (*self._source_bytes(v, pattern), *self._copy_bytes(v, pattern))]
+                found = (*self._source_bytes(v, pattern), *self._copy_bytes(v, pattern), *self._room_bytes(v, pattern))
+                parts += [(pattern.count * b, e) for b, e in found]
         expr = add(*parts)
         unit = 1.0 / max(limit, 1.0)
         if self.peak is not None:
@@ -248,6 +249,24 @@ class Shard:
                     lower = self._copy_live(v, ps, q, taken, holds)
                     if lower and value.copy_bytes[q]:
                         out.append((float(value.copy_bytes[q]), lower[0] if len(lower) == 1 else self._at_least(lower)))
+        return out
+
+    def _room_bytes(self, v: int, pattern: Pattern) -> list[tuple[float, Expr]]:
+        """What conversions that run at this moment need besides source and copy."""
+        value, out = self.problem.values[v], []
+        if value.room is None or not pattern.now:
+            return []
+        for p in self.ends(value.node, value.state):
+            for group in value.groups(p):
+                now, before = [t for t in group if t in pattern.now], [t for t in group if not pattern.later[t]]
+                for q in np.flatnonzero(value.room[p] * ~value.same[p]).tolist():
+                    exprs = [self.flow(v, t)[p, q] for t in now if (p, q) in self.flow(v, t)]
+                    if not exprs:
+                        continue
+                    made = [(-1.0, self.flow(v, u).get((p, q), {})) for u in before]
+                    lower = [add((1.0, e), *made) for e in exprs]
+                    plain = len(lower) == 1 and not before
+                    out.append((float(value.room[p, q]), lower[0] if plain else self._at_least(lower)))
         return out
 
     def _copy_live(self, v: int, ps: list[int], q: int, taken: list[int], holds: list[int]) -> list[Expr]:
