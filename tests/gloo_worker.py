@@ -20,11 +20,10 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 import models
+from test_exact import optimizers
 
 from netmind_autopar import AutoparError, autoparallelize
 from netmind_autopar.verification import relative_error
-
-OPTIMIZERS = {"sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3)}
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,7 +54,8 @@ def train(case: dict) -> dict[str, float]:
             for p in model.parameters():
                 p.add_(1.0)  # rank 0's weights must win
     pm = autoparallelize(model, inputs, mesh, random_costs=case.get("random_costs"))
-    ours, theirs = OPTIMIZERS[case["optimizer"]](pm.parameters()), OPTIMIZERS[case["optimizer"]](original.parameters())
+    make = optimizers(case["model"])[case["optimizer"]]
+    ours, theirs = make(pm.parameters()), make(original.parameters())
     worst = {"loss": 0.0, "gradient": 0.0, "buffer": 0.0}
     for _ in range(3):
         ours.zero_grad()

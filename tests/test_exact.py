@@ -16,11 +16,18 @@ from netmind_autopar.rules.bind import bind_program
 from netmind_autopar.solver.solve import solve
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.hash import graph_hash
-from netmind_autopar.verification import Report, compare
+from netmind_autopar.verification import Optimizer, Report, compare
 
 MESHES = ("a=1", "a=4", "a=2,b=2")
-OPTIMIZERS = {"sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3)}
 FAMILIES = ("gpt2", "llama", "bert", "resnet50", "mlp")
+
+
+def optimizers(family: str) -> dict[str, Optimizer]:
+    """ResNet takes small steps: at larger ones eager float32 is 1e-3 and more from eager float64 by itself, where a ReLU flips."""
+    sgd, adamw = (1e-4, 1e-4) if family == "resnet50" else (0.05, 1e-3)
+    return {"sgd": lambda p: torch.optim.SGD(p, lr=sgd, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, lr=adamw)}
+
+
 # 60 odd plans; the deep ResNet takes as long to plan as the others together.
 RANDOM = [(m, mesh, seed) for m, n in (("gpt2", 8), ("llama", 8), ("bert", 8), ("mlp", 4)) for mesh in MESHES[1:] for seed in range(n)]
 RANDOM += [("resnet50", mesh, seed) for mesh in MESHES[1:] for seed in range(2)]
@@ -53,7 +60,7 @@ def test_there_are_sixty_odd_plans() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_chosen_plan_is_exact(family: str, dtype: torch.dtype, mesh: str) -> None:
     plan = planned(family, dtype, mesh)
-    for name, optimizer in OPTIMIZERS.items():
+    for name, optimizer in optimizers(family).items():
         report = checked(family, dtype, plan, steps=3, optimizer=optimizer)
         assert report.ok, f"{name}: {report.max_rel_error:.2g} {report.first_difference}"
         assert {row.kind for row in report.rows} >= {"output", "gradient"}
