@@ -8,7 +8,7 @@ counted apart, as they are used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,14 @@ from ..costs.compute import FREE, node_prices, short_name
 from ..costs.room import room
 from ..ir.mesh import Mesh
 from ..ir.program import Input, Program, is_getitem, tensor_args, values
-from ..ir.spec import Spec, layout, local_bytes
+from ..ir.spec import Layout, Spec, layout, local_bytes
 from ..rules.algebra import Rule, Strategy, input_specs, output_specs, strategies
 from .conversions import Use, end_rules, owner_of, uses, value_of
 from .fold import classes, signature
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
 
 RESULT = "result"  # the node that replicated results want
+Column = tuple[list[Spec], np.ndarray]  # layouts per strategy: specs, and numbers that are equal where layouts are
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,10 @@ class _Build:
         grads = {o.node for o in program.outputs if o.role == "grad"}
         self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
         self.hold = self._holds()
-        self.states: dict[Spec, tuple] = {}
+        self.columns: dict[tuple[int, int], Column] = {}
+        self.layouts: dict[Spec, int] = {}
+        self.known: dict[Layout, int] = {}
+        self.chains: dict[tuple, tuple[np.ndarray, ...]] = {}
 
     def _holds(self) -> dict[str, int]:
         """Per op the last moment at which something taken from it as a view is needed."""
@@ -163,42 +167,43 @@ class _Build:
         owner = owner_of(self.program, use.result)
         return RESULT if owner is None else self.class_of.get(owner, owner)
 
-    def wanted(self, use: Use, have: Spec) -> list[Spec]:
+    def column(self, table: Sequence[tuple[Spec | None, ...]], position: int) -> Column:
+        """One position of a kind's `takes` or `gives`: its specs per strategy, and their layouts as numbers."""
+        key = (id(table), position)
+        if key not in self.columns:
+            self.columns[key] = self.numbers([row[position] for row in table])  # type: ignore[misc]
+        return self.columns[key]
+
+    def numbers(self, specs: list[Spec]) -> Column:
+        """Specs, and numbers that are equal where their layouts are."""
+        out = []
+        for spec in specs:
+            if spec not in self.layouts:
+                self.layouts[spec] = self.known.setdefault(layout(spec, self.sizes), len(self.known))
+            out.append(self.layouts[spec])
+        return specs, np.array(out, dtype=np.int64)
+
+    def wanted(self, use: Use, have: Spec) -> Column:
         """Per strategy of the consumer's class the layout that `use` wants."""
         kind = self.kinds[self.consumer(use)]
         if use.result is None:
-            return [specs[use.position] for specs in kind.takes]
-        return [have.replicated] if kind.name == RESULT else [specs[0] for specs in kind.gives]  # type: ignore[misc]
+            return self.column(kind.takes, use.position)
+        return self.numbers([have.replicated]) if kind.name == RESULT else self.column(kind.gives, 0)
 
-    def produced(self, name: str, index: int) -> tuple[str, list[Spec]]:
+    def produced(self, name: str, index: int) -> tuple[str, Column]:
         """The class that decides how a value lies, and its layout per strategy."""
-        end = self.ends.get(name)
-        if end is not None and end.role == "tangent":
-            kind = self.kinds[f"output.{end.name}"]
-        else:
-            kind = self.kinds[self.class_of[name]]
-        return kind.name, [specs[index] for specs in kind.gives]  # type: ignore[misc]
+        kind = self.kinds[f"output.{self.ends[name].name}" if self.is_tangent(name) else self.class_of[name]]
+        return kind.name, self.column(kind.gives, index)
 
-    def key(self, spec: Spec) -> tuple:
-        if spec not in self.states:
-            self.states[spec] = layout(spec, self.sizes)
-        return self.states[spec]
-
-    def numbered(self, lists: Iterable[list[Spec]]) -> tuple[list[Spec], list[np.ndarray]]:
-        """Different layouts, and every list as positions among them."""
-        seen: dict[tuple, int] = {}
-        found: list[Spec] = []
-        out = []
-        for specs in lists:
-            row = []
-            for spec in specs:
-                k = self.key(spec)
-                if k not in seen:
-                    seen[k] = len(found)
-                    found.append(spec)
-                row.append(seen[k])
-            out.append(np.array(row, dtype=np.int32))
-        return found, out
+    def numbered(self, columns: Sequence[Column]) -> tuple[Column, list[np.ndarray]]:
+        """The different layouts of all columns in order of appearance, and every column as positions among them."""
+        if not columns:
+            return ([], np.zeros(0, np.int64)), []
+        _, first, inverse = np.unique(np.concatenate([numbers for _, numbers in columns]), return_index=True, return_inverse=True)
+        states = np.argsort(np.argsort(first))[inverse].astype(np.int32)
+        specs = [spec for found, _ in columns for spec in found]
+        ends = np.cumsum([len(found) for found, _ in columns])
+        return self.numbers([specs[i] for i in np.sort(first)]), np.split(states, ends[:-1])
 
     def folded(self) -> dict[tuple, list[tuple[str, int]]]:
         """Values that are alike: same producer class, same consumers."""
@@ -216,11 +221,11 @@ class _Build:
         name, index = group[0]
         takers = self.uses[name, index]
         producer, gives = self.produced(name, index)
-        sources, (state,) = self.numbered([gives])
-        targets, states = self.numbered([self.wanted(u, gives[0]) for u in takers])
+        (sources, here), (state,) = self.numbered([gives])
+        (targets, there), states = self.numbered([self.wanted(u, gives[0][0]) for u in takers])
         is_gradient = any(u.result is not None and u.result.role == "grad" for u in takers)
-        same = np.array([[self.key(a) == self.key(b) for b in targets] for a in sources], dtype=bool).reshape(len(sources), len(targets))
-        seconds = conversions.matrix(sources, targets, bucketed=is_gradient) if targets else np.zeros((len(sources), 0))
+        same = here[:, None] == there[None, :]
+        seconds, need, left = self.chain(name, index, conversions, sources, targets, same, is_gradient)
         consumers = tuple(
             Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
             for u, s in zip(takers, states, strict=True)
@@ -229,7 +234,6 @@ class _Build:
         used = np.array([[self.taken(u, n) for u in self.uses[n, i]] for n, i in group])
         held = np.array([[self.end if self.is_tangent(n) else self.held(u, self.hold) for u in self.uses[n, i]] for n, i in group])
         shape = (len(group), len(takers))
-        need, left = self.room(name, index, conversions, sources, targets, same, is_gradient)
         owns = not self.is_resident(name) and not self.is_view(name)
         value = Value(
             f"{producer}" + (f"[{index}]" if index else ""),
@@ -249,23 +253,26 @@ class _Build:
         )
         return value, (tuple(sources), tuple(targets))
 
-    def room(
+    def chain(
         self, name: str, index: int, conversions: Conversions, sources: list[Spec], targets: list[Spec], same: np.ndarray, is_gradient: bool
-    ) -> tuple[np.ndarray | None, np.ndarray]:
-        """Bytes that conversions need while they run, and those of the copies they leave.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the conversions of one value: seconds, bytes that they need while they run, bytes of the copies they leave.
 
         A tensor that is not contiguous is packed first. A gradient's all-reduce waits for its bucket: others lie there packed.
         """
-        if same.all():
-            return None, np.array([local_bytes(s, self.sizes) for s in targets], dtype=np.int64)
-        need, left, reduced = room(conversions, sources, targets)
-        if not values(self.nodes[name])[index].is_contiguous():  # type: ignore[union-attr]
-            need = need + np.array([local_bytes(s, self.sizes) for s in sources], np.int64)[:, None]
-        if is_gradient and self.gradient_bytes > BUCKET_BYTES:
-            need = need + reduced * BUCKET_BYTES
-        elif is_gradient:  # all in one bucket
-            left = left + reduced * left
-        return need * ~same, np.max(left * ~same, axis=0, initial=0)
+        dense = values(self.nodes[name])[index].is_contiguous()  # type: ignore[union-attr]
+        key = (tuple(sources), tuple(targets), is_gradient, dense)
+        if key not in self.chains:
+            seconds = conversions.matrix(sources, targets, bucketed=is_gradient) if targets else np.zeros((len(sources), 0))
+            need, left, reduced = room(conversions, sources, targets)
+            if not dense:
+                need = need + np.array([local_bytes(s, self.sizes) for s in sources], np.int64)[:, None]
+            if is_gradient and self.gradient_bytes > BUCKET_BYTES:
+                need = need + reduced * BUCKET_BYTES
+            elif is_gradient:  # all in one bucket
+                left = left + reduced * left
+            self.chains[key] = seconds, need * ~same, np.max(left * ~same, axis=0, initial=0)
+        return self.chains[key]
 
     def born(self, name: str) -> int:
         """The moment at which a value exists: a tangent when backward begins, other ends from the start."""

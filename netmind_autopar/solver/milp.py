@@ -55,9 +55,10 @@ def solver_name() -> str:
     return f"{name} {version}".strip() + f" (PuLP {importlib.metadata.version('PuLP')})"
 
 
-def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False, relax: bool = False) -> Result:
+def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False, relax: bool = False, nodes: int | None = None) -> Result:
     """Solve to a relative `gap` within `time_limit` seconds. CBC is used when HiGHS is missing or `cbc` is set.
 
+    nodes: branch at most this often (HiGHS); unlike a time limit it cuts at the same place on every machine.
     relax: binary variables may take any value from 0 to 1.
     """
     if not model.cost:
@@ -65,7 +66,8 @@ def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False, rel
     problem, variables = _to_pulp(model, relax)
     highs = not cbc and pulp.HiGHS(msg=False).available()
     if highs:
-        solver = pulp.HiGHS(msg=False, threads=THREADS, timeLimit=max(time_limit, 0.1), gapRel=gap, gapAbs=0.0, random_seed=0)
+        work = {} if nodes is None else {"mip_max_nodes": nodes}
+        solver = pulp.HiGHS(msg=False, threads=THREADS, timeLimit=max(time_limit, 0.1), gapRel=gap, gapAbs=0.0, random_seed=0, **work)
     else:
         solver = pulp.PULP_CBC_CMD(msg=False, threads=THREADS, timeLimit=max(time_limit, 1.0), gapRel=gap)
     try:

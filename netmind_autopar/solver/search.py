@@ -31,6 +31,10 @@ PROBE_CELLS = 8_000  # and those of an ILP on the way, in these rounds of boundi
 PROBES = (1, 3, 7, 15)
 SMALL_CELLS = 1_500  # an ILP of this size is solved as it is
 DUAL_CELLS = (4_000, 8_000, 12_000)  # of the LPs that price memory
+WITHIN_CELLS = 3_000  # of an ILP with memory rows on the way
+ROUNDS = 4  # of pricing memory and solving that ILP
+LAST_CELLS = 9_000  # of the last ILP with memory rows,
+NODES = 200  # which branches at most this often
 
 
 @dataclass
@@ -123,11 +127,20 @@ def _filtered(excess: list[np.ndarray], old: Kept, new: Kept) -> list[np.ndarray
     return [e[[ks.index(k) for k in stay]] for e, ks, stay in zip(excess, old, new, strict=True)]
 
 
-def _finish(problem: Problem, state: State, gap: float, deadline: float, moments: tuple[int, ...] = ()) -> Solution:
+def _finish(
+    problem: Problem,
+    state: State,
+    gap: float,
+    deadline: float,
+    moments: tuple[int, ...] = (),
+    *,
+    most: int = MOST_CELLS,
+    nodes: int | None = None,
+) -> Solution:
     """The ILP over what is left, narrowed when that is too much."""
-    kept, threshold = _narrow(problem, state)
+    kept, threshold = _narrow(problem, state, most)
     left = max(deadline - time.monotonic(), 1.0)
-    found = solve_ilp(problem, kept, time_limit=left, gap=gap, scale=state.scale, incumbent=state.best, moments=moments)
+    found = solve_ilp(problem, kept, time_limit=left, gap=gap, scale=state.scale, incumbent=state.best, moments=moments, nodes=nodes)
     bound = max(state.bound, min(found.bound, state.base + threshold))
     if found.choice is None:
         status = found.status if threshold == math.inf else milp.UNKNOWN
@@ -170,24 +183,49 @@ def _within_limit(problem: Problem, kept: Kept, first: Solution, gap: float, dea
             return found
     relaxed = Relaxed(problem, kept, moments)
     crowd = _price_memory(problem, state, relaxed, first, deadline)
+    for round_ in range(ROUNDS):
+        before = state.best_s - state.bound
+        _sharpen(problem, state, relaxed, crowd, first.seconds, DUAL_CELLS[min(round_, len(DUAL_CELLS) - 1)], deadline)
+        if round_ and _settled(problem, state, before, gap):
+            break
+        _probe_within(problem, state, crowd, deadline)
+        if state.best is None:
+            peak, least, choice = least_peak(problem, kept, moments, deadline)
+            if choice is None or peak > problem.limit_bytes:
+                proven = least > problem.limit_bytes
+                return Solution(choice, math.inf, first.bound, milp.INFEASIBLE if proven else milp.UNKNOWN)
+            state.offer(problem, choice)
+        if time.monotonic() > deadline:
+            break
+    return _finish(problem, state, gap, deadline, tuple(sorted(crowd)), most=LAST_CELLS, nodes=NODES)
+
+
+def _settled(problem: Problem, state: State, before: float, gap: float) -> bool:
+    """True when another round of pricing is not worth it: closed, small enough for the ILP, or hardly any progress."""
+    now = state.best_s - state.bound
     if state.best is None:
-        peak, least, choice = least_peak(problem, kept, moments, deadline)
-        if choice is None or peak > problem.limit_bytes:
-            proven = least > problem.limit_bytes
-            return Solution(choice, math.inf, first.bound, milp.INFEASIBLE if proven else milp.UNKNOWN)
-        state.offer(problem, choice)
-    for most in DUAL_CELLS:
-        _sharpen(problem, state, relaxed, crowd, first.seconds, most, deadline)
-        if time.monotonic() > deadline or cells(problem, state.kept) < most:
-            break
-    found = _finish(problem, state, gap, deadline, tuple(sorted(crowd)))
-    for _ in range(2):  # a cheaper plan in hand prunes more: once more, as long as that helps
-        if found.status == milp.OPTIMAL or found.choice is None or time.monotonic() > deadline:
-            break
+        return False
+    return now <= gap * abs(state.best_s) or cells(problem, state.kept) <= WITHIN_CELLS or now > 0.8 * before
+
+
+def _probe_within(problem: Problem, state: State, crowd: set[int], deadline: float) -> None:
+    """A plan that fits from the ILP over the most promising strategies."""
+    kept, _ = _narrow(problem, state, WITHIN_CELLS)
+    left = max(deadline - time.monotonic(), 1.0)
+    found = solve_ilp(
+        problem,
+        kept,
+        time_limit=left,
+        gap=1e-3,
+        scale=state.scale,
+        incumbent=state.best,
+        moments=sorted(crowd),
+        nodes=20,
+        rounds=8,
+        crowd=crowd,
+    )
+    if found.choice is not None:
         state.offer(problem, found.choice)
-        _sharpen(problem, state, relaxed, crowd, first.seconds, MOST_CELLS, deadline)
-        found = _finish(problem, state, gap, deadline, tuple(sorted(crowd)))
-    return found
 
 
 def _price_memory(problem: Problem, state: State, relaxed: Relaxed, first: Solution, deadline: float) -> set[int]:
@@ -196,10 +234,10 @@ def _price_memory(problem: Problem, state: State, relaxed: Relaxed, first: Solut
     prices: dict[int, float] = {}
     crowd: set[int] = set()
     choice: Choice = first.choice or ()
-    for round_ in range(5):
+    for round_ in range(3):
         _move_prices(prices, profile(problem, choice), limit, unit, 2.0 / (1.0 + 0.5 * round_))
         crowd |= set(prices)
-        choice = _dual_round(problem, state, relaxed, prices, 60 if round_ == 0 else 20)
+        choice = _dual_round(problem, state, relaxed, prices, 40 if round_ == 0 else 15)
         if time.monotonic() > deadline:
             break
     return crowd

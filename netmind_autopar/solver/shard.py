@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -309,15 +309,18 @@ def solve_ilp(
     *,
     time_limit: float,
     gap: float,
-    moments: Sequence[int] = (),
+    moments: Iterable[int] = (),
     scale: float = 1.0,
     incumbent: Choice | None = None,
     rounds: int = 40,
+    nodes: int | None = None,
+    crowd: set[int] | None = None,
 ) -> Solution:
     """Solve over the strategies in `keep`, adding memory rows until the exact evaluation agrees.
 
     scale: seconds that the objective is divided by, so that the solver's tolerances fit. incumbent: a feasible choice, returned if
-    time runs out first. The bound holds for every choice within `keep`.
+    time runs out first. nodes: a limit to branching, per round. crowd: gets every moment at which a plan had too much.
+    The bound holds for every choice within `keep`.
     """
     start = time.monotonic()
     shard = Shard(problem, keep, scale, tie=min(TIE, gap / 10))
@@ -330,7 +333,7 @@ def solve_ilp(
     best_s = evaluate(problem, incumbent)[0] if incumbent is not None else math.inf
     for round_ in range(1, rounds + 1):
         left = time_limit - (time.monotonic() - start)
-        result = milp.solve(shard.model, time_limit=left, gap=gap / 2)
+        result = milp.solve(shard.model, time_limit=left, gap=gap / 2, nodes=nodes)
         size = len(shard.model.cost), len(shard.model.rows), round_
         if result.status == milp.INFEASIBLE:
             return Solution(best, best_s, min(best_s, math.inf), milp.OPTIMAL if best else milp.INFEASIBLE, *size)
@@ -350,6 +353,8 @@ def solve_ilp(
         for m in fresh:
             shard.memory_row(m, limit - slack)
             known.add(m)
+        if crowd is not None:
+            crowd.update(fresh)
         if time.monotonic() - start > time_limit:
             break
     bound = min(bound, best_s)

@@ -19,12 +19,12 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..ir.local import resolve
-from ..ir.plan import Memory, Plan
-from ..ir.program import Program, is_getitem, tensor_args
-from ..ir.spec import Spec, local_bytes, local_shape, parse_spec
-from ..runtime.collectives import Stage, bucket, bucket_stage, move, stage
-from .memory import optimizer_states
+from netmind_autopar.ir.local import resolve
+from netmind_autopar.ir.plan import Memory, Plan
+from netmind_autopar.ir.program import Program, is_getitem, tensor_args
+from netmind_autopar.ir.spec import Spec, local_bytes, local_shape, parse_spec
+from netmind_autopar.runtime.collectives import Stage, bucket, bucket_stage, move, stage
+from netmind_autopar.costs.memory import optimizer_states
 
 
 class Storages(TorchDispatchMode):
