@@ -193,7 +193,7 @@ def test_prices_are_finite_and_positive(m: int, k: int, n: int, dtype: torch.dty
         prices = node_prices(node, rule, strategies(rule, mesh.sizes), mesh)
         assert np.isfinite(prices).all()
         assert (prices > 0).all()
-        assert prices.max() == prices[0]  # nothing costs more than doing everything
+        assert prices.max() <= prices[0] * (1 + 1e-12)  # nothing costs more than doing everything
 
 
 def test_empty_tensors() -> None:
