@@ -54,6 +54,7 @@ def test_every_conversion_ends_in_the_target_layout(dims: tuple, mesh_text: str)
             packed = [s.pack(t) for s, t in zip(steps, locals_, strict=True)]
             carried = packed if steps[0].wire is None else lockstep(steps, packed, mesh.sizes)
             locals_ = [s.unpack(t) for s, t in zip(steps, carried, strict=True)]
+            assert steps[0].wire is None or all(t.is_contiguous() for t in locals_), f"{a} → {b}: what arrives is dense"
         torch.testing.assert_close(unshard(locals_, b, mesh.sizes), x, rtol=1e-12, atol=1e-12, msg=f"{a} → {b}")
         if not b.has_partial:
             for c, local in zip(coordinates(mesh.sizes), locals_, strict=True):

@@ -72,3 +72,27 @@ def test_norms_of_turned_tensors(mesh: str) -> None:
         plan = random_plan(program, rules, mesh, seed)
         report = compare(model, x, program, lower(program, rules, plan), plan)
         assert report.ok, f"seed {seed}: {report.first_difference}"
+
+
+class Attention(nn.Module):
+    """Heads of 4 numbers: on 4 devices a gather may receive them one number at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.ModuleList(nn.Linear(12, 20, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(4, 5, 5, 4).transpose(1, 2) for layer in self.qkv)
+        return nn.functional.scaled_dot_product_attention(q, k, v).sin().mean()
+
+
+def test_attention_of_gathered_heads() -> None:
+    x = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    model = Attention()
+    program = capture(model, x)
+    rules = bind_program(program)
+    for seed in range(12):
+        plan = random_plan(program, rules, "a=4", seed)
+        report = compare(model, x, program, lower(program, rules, plan), plan)
+        assert report.ok, f"seed {seed}: {report.first_difference}"

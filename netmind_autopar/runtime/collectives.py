@@ -84,7 +84,7 @@ def _gather(a: Spec, b: Spec, axis: int, sizes: tuple[int, ...], coord: tuple[in
         if lead == 1 and piece * n == whole:
             return y.reshape(shape)
         y = y.reshape(n, *padded).movedim(0, part).flatten(part, part + 1)
-        return y.narrow(part, 0, whole).reshape(shape)
+        return y.narrow(part, 0, whole).contiguous().reshape(shape)  # pieces of one element would leave a turned view
 
     return Stage(pack, unpack, "all_gather", axis)
 
@@ -100,7 +100,7 @@ def _reduce_scatter(a: Spec, b: Spec, axis: int, sizes: tuple[int, ...], coord: 
         return x.unflatten(part, (n, piece)).movedim(part, 0).contiguous().reshape(-1)
 
     def unpack(y: Tensor) -> Tensor:
-        return y.reshape(padded).narrow(part, 0, want[part]).reshape(shape)
+        return y.reshape(padded).narrow(part, 0, want[part]).contiguous().reshape(shape)
 
     return Stage(pack, unpack, "reduce_scatter", axis, _op(a, axis))
 
