@@ -128,6 +128,7 @@ def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
     lowered = lower_plan(program, plan)
     source = emit(lowered, plan)
     flags.debug(4, source)
+    flags.dump("lowered.txt", str(lowered.graph))
     flags.dump("emitted.py", source)
     return Executable.of(lowered, source, lambda: emit(lowered, plan, inference=True), training=training)
 
@@ -153,6 +154,8 @@ def plan_program(
     say("choosing shardings")
     found = solve(program, rules, mesh, graph_hash=graph_hash(program), cluster=mesh.cluster, memory_limit=parse_memory(memory), **options)
     flags.debug(1, found.dumps())
+    flags.debug(2, "\n".join([str(found.cost), *map(str, found.collectives), *map(str, found.replicated)]))
+    flags.dump("graph.txt", str(program.graph))
     flags.dump("plan.json", found.dumps())
     return found
 

@@ -1,7 +1,7 @@
 """Every environment variable that is read, in one place.
 
 AUTOPAR_DEBUG   0–4: 1 shows tracebacks and the plan, 2 costs, 3 what each pass changed, 4 the emitted code.
-AUTOPAR_DUMP    a folder: graphs, problems, plans and emitted code are written there.
+AUTOPAR_DUMP    a folder: graphs, plans and emitted code are written there.
 """
 
 from __future__ import annotations
