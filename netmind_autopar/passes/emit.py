@@ -90,6 +90,9 @@ def split_phases(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
     for node in forward:
         if wrong := next((a for a in tensor_args(node) if a in late), None):
             raise GraphError(f"{node.name} of forward needs {wrong.name} of backward", where=node.meta.get("where", ""))
+    for node, out in zip(_results(program), program.outputs, strict=True):
+        if out.role != "grad" and node in late:
+            raise GraphError(f"the result {out.name} of forward is made by {node.name} of backward", where=node.meta.get("where", ""))
     return forward, backward
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..ir.program import Draft, Program, source
 from ..runtime.collectives import move
-from ..solver.conversions import Needed, needed_conversions
+from ..solver.conversions import Needed, Use, needed_conversions
 
 if TYPE_CHECKING:
     from .pipeline import Lowering
@@ -37,18 +37,23 @@ def insert_reshards(program: Program, context: Lowering) -> Program:
 def _splice(new: Draft, context: Lowering, nodes: dict[str, fx.Node], need: Needed) -> fx.Node:
     """The chain of moves, just before its first use; for a mere result of the program, just after its producer."""
     current = value = _handle(nodes[need.producer], need.index)
+    first = _first_use(need)
     for step in context.conversions.path(need.source, need.target):
         if step.kind == "recast":
             continue
         args = (current, step.kind, step.axis, str(step.before), str(step.after))
-        first = need.uses[0]
         anchor = new.graph.inserting_after(current) if first.result else new.graph.inserting_before(nodes[first.node])
         with anchor:
             made = new.graph.create_node("call_function", move, args, name=f"{value.name}_{step.kind}")
-        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": need.phase}
+        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": first.phase}
         new.specs[made.name], new.expects[made.name] = step.after, (step.before,)
         current = made
     return current
+
+
+def _first_use(need: Needed) -> Use:
+    """The use that runs first. Results stand last in the graph, but those of forward are handed out before backward starts."""
+    return next((use for use in need.uses if use.phase == "forward"), need.uses[0])
 
 
 def _origin(value: fx.Node, taker: fx.Node) -> dict[str, str]:
