@@ -476,7 +476,7 @@ def joined(g: Draw, x: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], Tensor] 
 class RandomModule(nn.Module):
     """Model number `seed`. Takes float inputs x [..] and y [..]; returns a loss, a dict, a tuple or a tensor."""
 
-    def __init__(self, seed: int, ops: int = 7) -> None:
+    def __init__(self, seed: int, ops: int = 10) -> None:
         super().__init__()
         self.layers, self.free = nn.ModuleList(), nn.ParameterList()
         self.names: list[str] = []
@@ -532,7 +532,7 @@ class RandomModule(nn.Module):
         }[self.head]()
 
 
-def random_module(seed: int, ops: int = 7) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def random_module(seed: int, ops: int = 10) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """(model, inputs) in float64, reset to how it was before it was tried out while being built."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -543,6 +543,7 @@ def random_module(seed: int, ops: int = 7) -> tuple[nn.Module, tuple[Tensor, Ten
                 buffer.fill_(1.0 if "var" in buffer_name else 0.1)
     finally:
         torch.set_default_dtype(before)
-    inputs = tuple(t.requires_grad_(model.wants_grad) for t in model.inputs)
+    trained = any(p.requires_grad for p in [*model.layers.parameters(), *model.free])
+    inputs = tuple(t.requires_grad_(model.wants_grad or not trained) for t in model.inputs)
     del model.inputs
     return model, inputs  # type: ignore[return-value]
