@@ -47,7 +47,7 @@ def assemble(traced: Traced, prefix: str, call: Call, selection: Selection, tied
             graph.erase_node(node)
     for node in graph.nodes:  # what normalize could not see: ops that torch's own composite ops call
         refuse_random(node, node.meta.get("where"))
-    titles = {n: _title(*ends[n.name]) for n in graph.nodes if n.op == "placeholder"}
+    titles = {n: title(*ends[n.name]) for n in graph.nodes if n.op == "placeholder"}
     old = [n for n in graph.nodes if n.op == "placeholder"]
     graph = clean.rename(graph, titles)
     new = [n for n in graph.nodes if n.op == "placeholder"]
@@ -73,7 +73,8 @@ def _origin(node: fx.Node) -> dict[str, Any]:
     }
 
 
-def _title(role: str, name: str, index: int) -> str:
+def title(role: str, name: str, index: int) -> str:
+    """The name of a placeholder's node, before it is made unique."""
     return clean.identifier(f"tangent_{name}" if role == "tangent" else name)
 
 

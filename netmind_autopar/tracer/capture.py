@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from ..ir.errors import AutoparError, CaptureError, InputError
 from ..ir.program import Program
-from . import clone, torch_private
+from . import clone, repeat, torch_private
 from .assemble import Traced, assemble
 from .masks import eager_masks
 from .normalize import DECOMPOSITIONS, Random, normalize
@@ -28,13 +28,19 @@ _PREFIX = "model"  # the name under which the user's module hangs in the traced 
 
 
 def capture(
-    model: nn.Module, sample_inputs: Any, *, differentiable: Sequence[str] | None = None, outputs: Sequence[str] | None = None
+    model: nn.Module,
+    sample_inputs: Any,
+    *,
+    differentiable: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    fold: bool = True,
 ) -> Program:
     """Trace one training step of `model` for the shapes of `sample_inputs`.
 
     sample_inputs: a tensor, a tuple (positional) or a dict (by name) of tensors and constants, global shapes, on one device;
     only shapes and dtypes are read. differentiable: paths of the outputs that carry a gradient; by default every 0-dim
     float output (a loss), or every float output when there is none. outputs: paths of the outputs to keep, all by default.
+    fold: trace few of a deep model's blocks when the others are provably alike; the program is the same, made faster.
 
     Raises InputError for unusable arguments and CaptureError when the model is no single static graph.
     """
@@ -46,15 +52,25 @@ def capture(
             try_="wrap the function in a Module",
         )
     call = sample_call(model.forward, sample_inputs)
-    selection = Selection(_names(outputs, "outputs"), _names(differentiable, "differentiable"))
-    with _plain_torch():
-        mode = torch_private.fake_mode()
-        wrapper = _Wrapper(clone.fake_clone(model, mode), call, selection)
+    kept, carrying = _names(outputs, "outputs"), _names(differentiable, "differentiable")
+    tied = clone.tied_names(model)
+
+    def select() -> Selection:
+        return Selection(kept, carrying)
+
+    def trace(fake: nn.Module, mode: Any, selection: Selection) -> Program:
         with mode:
             seed = torch.empty((), dtype=torch.int64)
         tensors = [clone.fake_like(tensor, mode) for _, tensor in call.leaves]
-        traced = _trace(wrapper, (seed, *tensors), clone.tied_names(model))
-    return assemble(traced, _PREFIX, call, selection, clone.tied_names(model))
+        traced = _trace(_Wrapper(fake, call, selection), (seed, *tensors), tied)
+        return assemble(traced, _PREFIX, call, selection, tied)
+
+    with _plain_torch():
+        if fold:
+            with contextlib.suppress(Exception):  # whatever the reason, tracing all of it is right, and says what is wrong
+                return repeat.expanded(model, call, select, trace, torch_private.fake_mode)
+        mode = torch_private.fake_mode()
+        return trace(clone.fake_clone(model, mode), mode, select())
 
 
 def _names(value: Sequence[str] | None, option: str) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,14 @@ def fake_like(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
     return out.requires_grad_(tensor.requires_grad)
 
 
-def fake_clone(model: nn.Module, mode: Any) -> nn.Module:
-    """A deep copy of `model` whose parameters and buffers are fake; tied ones stay tied. The original is not touched."""
-    memo: dict[int, Any] = {}
+def fake_clone(model: nn.Module, mode: Any, without: Sequence[nn.Module] = ()) -> nn.Module:
+    """A deep copy of `model` whose parameters and buffers are fake; tied ones stay tied. The original is not touched.
+
+    The modules `without`, which share nothing with others, are replaced by identities, and what is in them by nothing.
+    """
+    memo: dict[int, Any] = {id(module): nn.Identity() for module in without}
+    nothing = torch.empty(0, device="meta")
+    memo.update({id(tensor): nothing for module in without for tensor in (*module.parameters(), *module.buffers())})
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in memo:
             fake = fake_like(tensor, mode)

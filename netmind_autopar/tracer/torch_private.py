@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch._functorch._aot_autograd import descriptors as _desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Do not note which Python function each op came from: nobody reads it, and it takes a twelfth of the time. Since 2.12 or so.
 _QUICK = {
@@ -115,3 +116,41 @@ def no_modes() -> Iterator[None]:
     """Ordinary tensors and ordinary tracing, whatever modes the caller is inside of."""
     with _disable_current_modes():
         yield
+
+
+def constant(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The real value of a tensor that is a constant; None for a fake tensor without one."""
+    return tensor.constant if isinstance(tensor, FakeTensor) else tensor
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, note: Callable[[Any, tuple, dict[str, Any], Any], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.prim.device.default:  # asks a fake tensor where it lies
+            self.note(func, args, kwargs or {}, result)
+        return result
+
+
+@contextlib.contextmanager
+def as_in_export() -> Iterator[None]:
+    """Code that asks whether it is being exported hears yes; ops that cannot run on fake tensors raise and log nothing."""
+    log = logging.getLogger(FakeTensor.__module__)
+    flags = {name: getattr(torch.compiler, name) for name in ("_is_compiling_flag", "_is_exporting_flag")}
+    disabled, log.disabled = log.disabled, True
+    try:
+        for name in flags:
+            setattr(torch.compiler, name, True)
+        yield
+    finally:
+        log.disabled = disabled
+        for name, value in flags.items():
+            setattr(torch.compiler, name, value)
+
+
+def recorder(note: Callable[[Any, tuple, dict[str, Any], Any], None]) -> Any:
+    """A context in which every op that runs, after autograd, is told to `note`: (op, args, kwargs, result)."""
+    return _Recorder(note)
