@@ -218,3 +218,20 @@ def test_direct_is_the_op() -> None:
         name = op._schema.name.split("::")[1]
         if name in x:
             assert torch.equal(op(*x[name]), function(*x[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_attention_of_turned_operands(dtype: torch.dtype) -> None:
+    """The CPU's fused kernel reads its operands as if the last dim were dense."""
+    torch.manual_seed(0)
+    dense = [torch.randn(2, 3, 5, 5, dtype=dtype) for _ in range(4)]
+    turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in dense]
+    assert all(x.stride(-1) != 1 for x in turned)
+    rest = (None, None, False, 0.4, 0.0, 0, 0, 0, 3)
+    results = []
+    for q, k, v, grad in (dense, turned):
+        out, lse = DIRECT[ops.attention.default](q, k, v, *rest)
+        given = out if q is dense[0] else out.transpose(2, 3).contiguous().transpose(2, 3)
+        results.append((out, *DIRECT[ops.attention_backward.default](grad, q, k, v, given, lse, *rest)))
+    for mine, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -26,7 +26,7 @@ def moves(draft: Draft, *kinds: str) -> list[fx.Node]:
 
 
 def lose_a_reduction(draft: Draft) -> fx.Node:
-    node = moves(draft, "all_reduce", "reduce_scatter")[0]
+    node = next(iter(moves(draft, "all_reduce", "reduce_scatter")))
     if node.args[1] == "all_reduce":
         node.args = (node.args[0], "recast", node.args[2], node.args[4], node.args[4])
     else:

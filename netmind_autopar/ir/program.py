@@ -87,6 +87,10 @@ class Program:
                 return node
         raise GraphError(f"no node {name!r} in the graph")
 
+    def owner(self, item: Output) -> Input:
+        """Of a gradient: the parameter or input whose gradient it is. A parameter and an input may share a name, not an index too."""
+        return next(i for i in self.inputs if i.role in ("param", "input") and (i.name, i.index) == (item.name, item.index))
+
     def placeholders(self) -> dict[str, Input]:
         return {item.node: item for item in self.inputs}
 

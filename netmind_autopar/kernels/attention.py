@@ -39,6 +39,11 @@ def _additive(mask: Tensor | None, q: Tensor, t: int) -> Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x with its last dim dense: the fused kernels do not look at that dim's stride and would read other memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
+
+
 def _repeat(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
@@ -81,6 +86,7 @@ def attention(
     """
     times = q.shape[1] // k.shape[1]
     kernel = _kernel(q, v, mask, p)
+    q, k, v = _rows(q), _rows(k), _rows(v)
     bias, k, v = _additive(mask, q, k.shape[2]), _repeat(k, times), _repeat(v, times)
     if kernel == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
@@ -116,6 +122,7 @@ def attention_backward(
     """Gradients of q, k and v, of their shapes; memory layout [b, s, h, d]. Arguments as in `attention`."""
     times = q.shape[1] // k.shape[1]
     kernel = _kernel(q, v, mask, p)
+    grad, q, k, v, out = _rows(grad), _rows(q), _rows(k), _rows(v), _rows(out)
     bias, k, v = _additive(mask, q, k.shape[2]), _repeat(k, times), _repeat(v, times)
     if kernel == "cpu":
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -45,8 +45,8 @@ class Needed:
 
     @property
     def phase(self) -> str:
-        """Where it runs: with its first use."""
-        return self.uses[0].phase
+        """Where it runs: with its first use, and in forward whenever forward needs it too."""
+        return "forward" if any(use.phase == "forward" for use in self.uses) else self.uses[0].phase
 
 
 def plain_rule(shape: Sequence[int], *, split: bool = True) -> Rule:
@@ -87,7 +87,7 @@ def owner_of(program: Program, item: Output) -> str | None:
     if item.role == "output":
         return f"output.{item.name}"
     if item.role == "grad":
-        return next(i.node for i in program.inputs if i.name == item.name and i.role in ("param", "input"))
+        return program.owner(item).node
     return None
 
 

@@ -89,7 +89,7 @@ def collectives_of(built: Built, choice: Choice, conv: Conversions) -> tuple[Col
         moves = conv.path(sources[c.p], targets[c.q])
         whole = sum(m.seconds for m in moves)
         scale = c.seconds / whole if whole else 0.0
-        phase = built.takers[c.value][c.consumers[0]].phase
+        phase = "forward" if any(built.takers[c.value][t].phase == "forward" for t in c.consumers) else "backward"
         for m in moves:
             if m.kind in MESSAGES:
                 row = found.setdefault((m.kind, m.axis, phase), [0, 0, 0.0])
