@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import netmind_autopar
 from netmind_autopar import AutoparError, Plan, autoparallelize, plan
@@ -115,6 +115,13 @@ def test_without_gradients_nothing_is_saved(mesh: DeviceMesh) -> None:
         out = pm(*inputs) if isinstance(inputs, tuple) else pm(inputs) if isinstance(inputs, torch.Tensor) else pm(**inputs)
     leaf = out if isinstance(out, torch.Tensor) else next(iter(out.values()))
     assert leaf.grad_fn is None
+
+
+def test_inputs_may_be_dtensors(mesh: DeviceMesh) -> None:
+    model, inputs = models.mlp()
+    pm = autoparallelize(model, inputs, mesh)
+    spread = {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in inputs.items()}
+    torch.testing.assert_close(pm(**spread), pm(**inputs))
 
 
 def test_refusals_at_run_time(mesh: DeviceMesh) -> None:

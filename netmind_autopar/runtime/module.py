@@ -137,7 +137,7 @@ class ParallelModule(nn.Module):
         out: list[Tensor] = []
         for item, spec, value in zip(self._roles.users, self._roles.user_specs, given, strict=True):
             if isinstance(value, DTensor):
-                value = value.full_tensor() if spec == spec.replicated else value.to_local()
+                value = value.redistribute(self._mesh, torch_placements(spec)).to_local()
             want = local_shape(spec, self._place.sizes, self._place.coord)
             if tuple(value.shape) != want or value.dtype != spec.dtype:
                 raise ShapeError(
