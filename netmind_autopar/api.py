@@ -109,7 +109,7 @@ def autoparallelize(
         why="every rank must build the same model and sample inputs",
         try_="seed and configure all ranks alike",
     )
-    options = {"memory": memory, "optimizer": optimizer, "pins": pins, "inputs": inputs, "random_costs": random_costs}
+    options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "inputs": inputs, "random_costs": random_costs}
     options |= {"time_limit": time_limit, "gap": gap, "strict": strict}
 
     def decide() -> str:

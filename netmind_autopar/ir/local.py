@@ -17,7 +17,7 @@ from .spec import Shard, is_even, local_parts, local_shape, parse_spec, part_sta
 
 @dataclass(frozen=True)
 class Local:
-    """what: "shape", "parts" (global sizes), "lengths", "starts" (lists over dims or parts of the spec), "size" or "start" (of the product of `parts`).
+    """what: "shape" (over dims), "parts" (global sizes), "lengths", "starts" (over parts), "size" or "start" (of the product of `parts`).
 
     A size or start is multiplied by `times`, and repeated into a list of `repeat` elements when that is not 0.
     """

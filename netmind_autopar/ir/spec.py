@@ -204,7 +204,7 @@ def is_even(spec: Spec, sizes: tuple[int, ...]) -> bool:
 
 def is_valid(spec: Spec, sizes: tuple[int, ...]) -> bool:
     """True when no device is left without elements."""
-    left = {}
+    left: dict[int, set[int]] = {}
     for axis, placement in enumerate(spec.placements):
         if isinstance(placement, Shard):
             i = spec.index(placement)
