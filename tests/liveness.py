@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from netmind_autopar.costs.memory import optimizer_states
 from netmind_autopar.ir.local import resolve
 from netmind_autopar.ir.plan import Memory, Plan
 from netmind_autopar.ir.program import Program, is_getitem, tensor_args
 from netmind_autopar.ir.spec import Spec, local_bytes, local_shape, parse_spec
 from netmind_autopar.runtime.collectives import Stage, bucket, bucket_stage, move, stage
-from netmind_autopar.costs.memory import optimizer_states
 
 
 class Storages(TorchDispatchMode):
@@ -45,7 +46,7 @@ class Storages(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.step += 1
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):  # whose local tensor is counted for itself
                 self.add(tensor)
         if self.now > self.peak:
             self.peak, self.peak_step = self.now, self.step

@@ -34,13 +34,14 @@ def room(conversions: Conversions, sources: Sequence[Spec], targets: Sequence[Sp
 
 
 def move_room(space: _Space, i: int, j: int) -> tuple[int, int]:
-    """(bytes alive at the worst moment of the move from state i to state j besides its input, bytes of the storage it leaves)."""
+    """(bytes alive at the worst moment of the move from state i to state j besides its input, bytes of the storage it leaves; 0 for its
+    input's)."""
     kind, axis = _kind(space, i, j)
-    before, after = (math.prod(space.local[k]) * space.dtype.itemsize for k in (i, j))
+    before, after = _bytes(space, i), _bytes(space, j)
     if kind == "all_to_all":
         return max(2 * before, before + after, 2 * after), after
     if kind not in ("all_gather", "reduce_scatter"):
-        return after, after
+        return after, after if kind != "mask" else 0  # on one device what is masked is the input itself
     whole, piece = (j, i) if kind == "all_gather" else (i, j)
     at = space.where[space.specs[piece].placements[axis]]  # type: ignore[index]
     padded = (before if kind == "all_gather" else after) * space.mesh.axes[axis].size
@@ -49,6 +50,10 @@ def move_room(space: _Space, i: int, j: int) -> tuple[int, int]:
         return (padded, padded) if outermost else (2 * padded, after)
     joined = 0 if padded == before else padded
     return (joined + after if outermost else padded + max(joined, after)), after
+
+
+def _bytes(space: _Space, i: int) -> int:
+    return math.prod(space.local[i]) * space.dtype.itemsize
 
 
 def _kind(space: _Space, i: int, j: int) -> tuple[str, int]:
@@ -73,17 +78,17 @@ def _walk(space: _Space) -> Tables:
         for j, *_ in edges:
             beside[i, j], left[i, j] = move_room(space, i, j)
             reduces[i, j] = _kind(space, i, j)[0] == "all_reduce"
-    size = np.array([math.prod(local) * space.dtype.itemsize for local in space.local], np.int64)
+    size = np.array([_bytes(space, i) for i in range(n)], np.int64)
     goal, start = np.broadcast_to(np.arange(n)[None, :], (n, n)), np.broadcast_to(np.arange(n)[:, None], (n, n))
     at = np.where(np.isfinite(space.seconds), start, goal)
-    without, within, ends, kept = *(np.zeros((n, n), np.int64) for _ in range(3)), np.tile(size, (n, 1))
+    without, within, ends, kept = *(np.zeros((n, n), np.int64) for _ in range(3)), np.tile(size[:, None], (1, n))
     while (at != goal).any():
         moving = at != goal
         following = np.where(moving, space.first[at, goal], goal)
         need = beside[at, following]
-        without = np.maximum(without, moving * (need + size[at] * (at != start)))
-        within = np.maximum(within, moving * (need + size[at]))
-        kept = np.where(moving, left[at, following], kept)
+        without = np.maximum(without, moving * (need + kept * (at != start)))
+        within = np.maximum(within, moving * (need + kept))
+        kept = np.where(moving & (left[at, following] > 0), left[at, following], kept)
         ends = np.where(moving, reduces[at, following], ends)
         at = following
     return without, within, kept, ends
@@ -100,5 +105,6 @@ def _from_state(conversions: Conversions, start: _Space, i: int, end: _Space, go
     by, to = u[best], v[best]
     first, _, kept, before = (table[i, by] for table in tables(start))
     stays = to == goals
-    worst = np.maximum(first, np.where(by == i, without[to, goals], within[to, goals]))
+    padding = kept - np.array([_bytes(start, int(state)) for state in by])
+    worst = np.maximum(first, np.where(by == i, without[to, goals], within[to, goals] + padding))
     return worst, np.where(stays, kept, left[to, goals]), np.where(stays, before, reduced[to, goals])

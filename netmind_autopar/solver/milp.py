@@ -72,6 +72,9 @@ def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False, rel
         solver = pulp.PULP_CBC_CMD(msg=False, threads=THREADS, timeLimit=max(time_limit, 1.0), gapRel=gap)
     try:
         problem.solve(solver)
+    except KeyError:  # PuLP knows no word for HiGHS' node limit; the values are there by then
+        found = highs and problem.solverModel is not None and math.isfinite(problem.solverModel.getInfo().objective_function_value)
+        problem.sol_status = pulp.LpSolutionIntegerFeasible if found else pulp.LpSolutionNoSolutionFound
     except (pulp.PulpSolverError, IndexError) as e:  # IndexError: PuLP reads values that an infeasible HiGHS model does not have
         if highs and problem.solverModel is not None and str(problem.solverModel.getModelStatus()).endswith("Infeasible"):
             return Result(INFEASIBLE, None, math.inf, math.inf)

@@ -34,7 +34,11 @@ DUAL_CELLS = (4_000, 8_000, 12_000)  # of the LPs that price memory
 WITHIN_CELLS = 3_000  # of an ILP with memory rows on the way
 ROUNDS = 4  # of pricing memory and solving that ILP
 LAST_CELLS = 9_000  # of the last ILP with memory rows,
-NODES = 200  # which branches at most this often
+PEAK_ROUNDS = 20  # of the LP or ILP that looks for the least peak
+PEAK_GAP = 5e-3  # relative, at which the least peak counts as found
+PEAK_TIME_S = 300.0  # a net for what node limits do not catch
+TRIES = 4_000  # plans counted out to make one that just fits faster
+NODES = 30  # which branches at most this often
 
 
 @dataclass
@@ -118,7 +122,7 @@ def _probe(problem: Problem, state: State, deadline: float) -> None:
     """A better plan from the ILP over the most promising strategies: the cheaper the plan in hand, the more is pruned."""
     kept, _ = _narrow(problem, state, PROBE_CELLS)
     left = max(deadline - time.monotonic(), 1.0)
-    found = solve_ilp(problem, kept, time_limit=left / 4, gap=1e-3, scale=state.scale, incumbent=state.best)
+    found = solve_ilp(problem, kept, time_limit=left, gap=1e-3, scale=state.scale, incumbent=state.best, nodes=NODES)
     if found.choice is not None:
         state.offer(problem, found.choice)
 
@@ -190,14 +194,39 @@ def _within_limit(problem: Problem, kept: Kept, first: Solution, gap: float, dea
             break
         _probe_within(problem, state, crowd, deadline)
         if state.best is None:
-            peak, least, choice = least_peak(problem, kept, moments, deadline)
+            peak, least, choice = least_peak(problem, kept, moments)
             if choice is None or peak > problem.limit_bytes:
                 proven = least > problem.limit_bytes
-                return Solution(choice, math.inf, first.bound, milp.INFEASIBLE if proven else milp.UNKNOWN)
-            state.offer(problem, choice)
+                return Solution(choice, math.inf, first.bound, milp.INFEASIBLE if proven else milp.UNKNOWN, least_bytes=int(least))
+            state.offer(problem, _improved(problem, kept, choice, moments))
         if time.monotonic() > deadline:
             break
     return _finish(problem, state, gap, deadline, tuple(sorted(crowd)), most=LAST_CELLS, nodes=NODES)
+
+
+def _improved(problem: Problem, kept: Kept, choice: Choice, moments: Moments) -> Choice:
+    """A choice that fits, made faster one node at a time as far as it still fits; at most `TRIES` plans are counted out."""
+    local, now, tries = Local(problem, kept, {}, moments), list(choice), 0
+    limit = problem.limit_bytes or 0
+    for _ in range(3):
+        before = list(now)
+        for i, ks in enumerate(kept):
+            old, costs = now[i], []
+            for k in ks if len(ks) > 1 else ():
+                now[i] = k
+                costs.append((float(local.own[i][k]) + sum(local.value_cost(v, now) for v in local.around[i]), k))
+            now[i] = old
+            mine = next((cost for cost, k in costs if k == old), 0.0)
+            for cost, k in sorted(costs):
+                if cost >= mine * (1 - 1e-9) or tries >= TRIES:
+                    break
+                now[i], tries = k, tries + 1
+                if int(profile(problem, now).max()) <= limit:
+                    break
+                now[i] = old
+        if now == before or tries >= TRIES:
+            break
+    return tuple(now)
 
 
 def _settled(problem: Problem, state: State, before: float, gap: float) -> bool:
@@ -247,7 +276,7 @@ def _sharpen(problem: Problem, state: State, relaxed: Relaxed, crowd: set[int], 
     """Exact prices, the duals of the memory rows in the LP over the promising strategies; adds to `crowd` what their plan violates."""
     kept, _ = _narrow(problem, state, most)
     left = max(deadline - time.monotonic(), 1.0)
-    found = dual_prices(problem, kept, sorted(crowd), scale=scale or 1.0, time_limit=left / 4)
+    found = dual_prices(problem, kept, sorted(crowd), scale=scale or 1.0, time_limit=left)
     choice = _dual_round(problem, state, relaxed, found or dict(relaxed.prices), 100)
     crowd |= set(crowded(profile(problem, choice), problem.limit_bytes or 0, crowd))
 
@@ -279,8 +308,11 @@ def _move_prices(prices: dict[int, float], memory: np.ndarray, limit: int, unit:
         prices[m] = 0.2 * unit if not prices else max(unit * 0.02, float(np.median(list(prices.values()))))
 
 
-def least_peak(problem: Problem, kept: Kept, moments: Moments, deadline: float) -> tuple[int, float, Choice | None]:
-    """(smallest peak found, proven lower bound on the peak, the choice that has it)."""
+def least_peak(problem: Problem, kept: Kept, moments: Moments) -> tuple[int, float, Choice | None]:
+    """(smallest peak found, proven lower bound on the peak, the choice that has it).
+
+    Depends on the problem alone, neither on its limit nor on the time: a limit of the peak that it names works.
+    """
     best, found, bound = math.inf, None, 0.0
     weights: dict[int, float] = {}
     choice: Choice = tuple(ks[0] for ks in kept)
@@ -301,38 +333,43 @@ def least_peak(problem: Problem, kept: Kept, moments: Moments, deadline: float) 
         cost, peak, _ = evaluate(problem, choice)
         if peak < best and cost < math.inf:
             best, found = peak, choice
-        if best - bound <= 1e-3 * best or time.monotonic() > deadline:
+        if best - bound <= PEAK_GAP * best:
             break
-    if best - bound > 1e-3 * bound and cells(problem, kept) <= MOST_CELLS:
-        best, bound, found = _peak_ilp(problem, kept, sorted(weights), (best, bound, found), deadline)
+    if best - bound > PEAK_GAP * best and cells(problem, kept) <= MOST_CELLS:
+        best, bound, found = _peak_ilp(problem, kept, moments, sorted(weights), (best, bound, found))
     return (int(best) if best < math.inf else 0), bound, found
 
 
 def _peak_ilp(
-    problem: Problem, kept: Kept, moments: list[int], known: tuple[float, float, Choice | None], deadline: float
+    problem: Problem, kept: Kept, moments: Moments, crowd: list[int], known: tuple[float, float, Choice | None]
 ) -> tuple[float, float, Choice | None]:
-    """Minimise the peak exactly, moments added as they are violated."""
+    """Minimise the peak: rounds of the LP, which find the moments that matter and plans near its prices, then of a small ILP."""
     best, bound, found = known
     unit = max(bound, 1.0)
     shard = Shard(problem, kept, peak_only=True)
-    have = set(moments)
-    for m in moments:
-        shard.memory_row(m, unit)
-    for _ in range(40):
-        result = milp.solve(shard.model, time_limit=max(deadline - time.monotonic(), 5.0), gap=1e-4)
+    rows = {m: shard.memory_row(m, unit) for m in crowd}
+    relax, whole = True, cells(problem, kept) <= SMALL_CELLS
+    for _ in range(PEAK_ROUNDS):
+        before = best, bound
+        result = milp.solve(shard.model, time_limit=PEAK_TIME_S, gap=PEAK_GAP / 2, nodes=NODES, relax=relax)
         bound = max(bound, result.bound * unit if result.bound > -math.inf else 0.0)
         if result.values is None:
             break
-        choice = shard.read(result.values)
-        cost, peak, _ = evaluate(problem, choice)
-        if peak < best and cost < math.inf:
-            best, found = peak, choice
-        if best - bound <= 2e-4 * best or time.monotonic() > deadline:
+        choices = [shard.read(result.values)]
+        if result.duals is not None and (total := sum(result.duals[row] for row in rows.values())) > 0:
+            weights = {m: float(result.duals[row]) / total for m, row in rows.items() if result.duals[row] > 1e-6 * total}
+            choices.append(Local(problem, kept, weights, moments, weight=1e-9).descend(choices[0]))
+        fresh: list[int] = []
+        for choice in choices:
+            cost, peak, _ = evaluate(problem, choice)
+            if peak < best and cost < math.inf:
+                best, found = peak, choice
+            fresh += crowded(profile(problem, choice), int(bound), {*rows, *fresh})
+        if best - bound <= PEAK_GAP * best or not (fresh or relax):
             break
-        fresh = crowded(profile(problem, choice), int(bound), have)
-        if not fresh:
-            break
-        for m in fresh:
-            shard.memory_row(m, unit)
-            have.add(m)
+        if (best, bound) == before:  # the LP says no more
+            if not (whole and relax):
+                break
+            relax = False
+        rows |= {m: shard.memory_row(m, unit) for m in fresh}
     return best, min(bound, best), found

@@ -44,7 +44,10 @@ def add(*parts: tuple[float, Expr]) -> Expr:
 
 @dataclass(frozen=True)
 class Solution:
-    """`choice` is None when there is none; then `status` is "infeasible" (proven) or "unknown" (out of time)."""
+    """`choice` is None when there is none; then `status` is "infeasible" (proven) or "unknown" (out of time).
+
+    When nothing fits the limit, `choice` has the least peak that was found, and no choice has a peak below `least_bytes`.
+    """
 
     choice: Choice | None
     seconds: float
@@ -53,6 +56,7 @@ class Solution:
     variables: int = 0
     rows: int = 0
     rounds: int = 0
+    least_bytes: int = 0
 
 
 class Shard:

@@ -168,7 +168,8 @@ def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> Infeasi
     _, need, moment = evaluate(built.problem, found.choice)
     node = built.nodes.get(built.order[moment])
     tensors = ", ".join(f"{name} {_size(size)}" for name, size in largest(built.problem, found.choice, moment))
-    proven = "" if found.status == milp.INFEASIBLE else " (the least that was found; not proven to be the least possible)"
+    known = found.least_bytes
+    proven = "" if known >= 0.99 * need else f" (the least that was found; proven is only that {_size(known)} are)"
     return InfeasibleError(
         f"no plan fits into {limit} bytes ({_size(limit)}) per device: {need} bytes ({_size(need)}) are needed{proven}",
         where=(node.meta.get("where") or node.name) if node is not None else "",
