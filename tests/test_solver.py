@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -66,6 +65,7 @@ def random_problem(seed: int, nodes: int = 6) -> Problem:
                 produced,
                 used,
                 held,
+                room=rng.integers(0, 30, (p, q)) if rng.random() < 0.7 else None,
             )
         )
     return Problem(made, tuple(values), moments=32, fixed_bytes=3)
@@ -130,9 +130,9 @@ def test_least_peak_is_the_least(seed):
     kept = reduce(problem)
     if not all(kept) or brute_force(problem)[0] == math.inf:
         return
-    peak, bound, choice = least_peak(problem, kept, Moments(problem), time.monotonic() + 20)
+    peak, bound, choice = least_peak(problem, kept, Moments(problem))
     assert evaluate(problem, choice)[1] == peak
-    assert bound <= smallest_peak(problem) * (1 + 1e-6) and peak <= smallest_peak(problem) * (1 + 1e-3)
+    assert bound <= smallest_peak(problem) * (1 + 1e-6) and peak <= smallest_peak(problem) * (1 + 5.1e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))
