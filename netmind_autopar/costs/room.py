@@ -101,7 +101,7 @@ def _from_state(conversions: Conversions, start: _Space, i: int, end: _Space, go
     u, v = conversions._common(start, end)
     if not len(u):
         return tuple(np.zeros((3, len(goals)), np.int64))
-    best = np.argmin(start.seconds[i, u][:, None] + end.seconds[np.ix_(v, goals)], axis=0)
+    best = np.argmin(start.seconds[i, u][:, None] + end.seconds[v][:, goals], axis=0)
     by, to = u[best], v[best]
     first, _, kept, before = (table[i, by] for table in tables(start))
     stays = to == goals

@@ -142,7 +142,7 @@ class _Build:
         self.columns: dict[tuple[int, int], Column] = {}
         self.layouts: dict[Spec, int] = {}
         self.known: dict[Layout, int] = {}
-        self.chains: dict[tuple, tuple[np.ndarray, ...]] = {}
+        self.chains: dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def _holds(self) -> dict[str, int]:
         """Per op the last moment at which something taken from it as a view is needed."""
