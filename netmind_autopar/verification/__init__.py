@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .api import lower_plan
-from .arguments import check_model
-from .ir.errors import InputError
-from .ir.mesh import coordinates
-from .ir.plan import Plan
-from .ir.program import Output, Program, is_getitem, source, values
-from .ir.spec import Spec, shard, unshard
-from .runtime import simulate
-from .runtime.collectives import bucket, move
-from .tracer.capture import capture
-from .tracer.signature import flatten, sample_call
+from ..api import lower_plan
+from ..arguments import check_model
+from ..ir.errors import InputError
+from ..ir.mesh import coordinates
+from ..ir.plan import Plan
+from ..ir.program import Output, Program, is_getitem, source, values
+from ..ir.spec import Spec, shard, unshard
+from ..runtime import simulate
+from ..runtime.collectives import bucket, move
+from ..tracer.capture import capture
+from ..tracer.signature import flatten, sample_call
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 VANISHING = 0.1  # times the tolerance: a gradient below this share of the step's largest is rounding noise, and judged against it
