@@ -52,7 +52,7 @@ def unet2d_condition(dtype: torch.dtype) -> Sample:
     return models._build(make, dtype, "cpu"), batch
 
 
-def unet2d(dtype: torch.dtype) -> Sample:
+def unet2d_pixels(dtype: torch.dtype) -> Sample:
     """Without a text; attention over the pixels of one level, dropout."""
     from diffusers import UNet2DModel
 
@@ -99,6 +99,6 @@ def dit(dtype: torch.dtype) -> Sample:
 # name -> (factory of a dtype, what it is there for[, options of capture])
 MODELS: dict[str, Any] = {
     "unet2d_condition": (unet2d_condition, "group norm, skips, cross attention"),
-    "unet2d": (unet2d, "group norm, attention over pixels, dropout"),
+    "unet2d_pixels": (unet2d_pixels, "group norm, attention over pixels, dropout"),
     "dit": (dit, "adaptive norms, random class dropout"),
 }
