@@ -36,7 +36,7 @@ _GROUPS: dict[str, str] = {
         div.Tensor gelu_backward silu_backward tanh_backward sigmoid_backward threshold_backward hardtanh_backward hardswish_backward
         hardsigmoid_backward leaky_relu_backward elu_backward softplus_backward mish_backward
     """,
-    "pointwise _ *": "copy",
+    "pointwise _ *": "copy fill.Tensor",
     "masked_fill": "masked_fill.Scalar",
     "where_scalar self other": "where.ScalarOther",
     "where_scalar other self": "where.ScalarSelf",
