@@ -49,6 +49,7 @@ PLAIN_ONLY = [
     "hardtanh_backward",
     "hardswish_backward",
     "copy",
+    "fill.Tensor",
     "hardsigmoid_backward",
     "leaky_relu_backward",
     "elu_backward",
