@@ -76,6 +76,9 @@ def _listed() -> Iterator[Case]:
         yield "autopar.embedding_backward.default", (F(k, 2, n), I(m, k, 2), m, 0, 1), {}
         yield "autopar.nll_loss.default", (F(k, n), I(n, k), 1), {}
         yield "autopar.nll_loss_backward.default", (F(), I(n, k), n, 1), {}
+        yield "autopar.sum_exp.default", (F(k, n), F(k)), {}
+        yield "autopar.pick.default", (F(k, n), I(n + 1, k) - 1, 0), {}
+        yield "autopar.cross_entropy_backward.default", (F(k), F(k, n), I(n, k), F(k), 0, 0.9, 0.01), {}
         yield "autopar.dropout.default", (F(m, k, n), torch.tensor(5), 0.4, 7, [m, k, n], [0, 0, 0], [m, k, n]), {}
     yield from _norms()
     yield from _losses()

@@ -94,6 +94,9 @@ EXPECTED = {
     "autopar.embedding.default": "*v d, d0 d1 -> d0 d1 d",
     "autopar.embedding_backward.default": "*d0 d1 d, d0 d1 -> v d",
     "autopar.nll_loss.default": "n c!, n -> , ",
+    "autopar.sum_exp.default": "n c, n -> n",
+    "autopar.pick.default": "*n c, n -> n",
+    "autopar.cross_entropy_backward.default": "*n, n c, n, n -> n c",
     "autopar.dropout.default": "*d0 d1 d2,  -> d0 d1 d2",
     "autopar.attention.default": "b g s! d!, b g t! d!, b g t! e! -> b g s! e!, b g s!",
 }

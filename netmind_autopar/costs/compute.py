@@ -67,13 +67,14 @@ CLASSES = {
     "matmul": "mm addmm bmm baddbmm mv addmv dot linear _grouped_mm",
     "convolution": "convolution convolution_backward",
     "attention": "attention attention_backward",
-    "transcendental": "gelu gelu_backward exp tanh sigmoid silu silu_backward log erf sin cos pow _softmax _log_softmax softplus mish",
+    "transcendental": "gelu gelu_backward exp tanh sigmoid silu silu_backward log erf sin cos pow _softmax _log_softmax softplus mish "
+    "sum_exp cross_entropy_backward",
     "reduction": "sum mean amax amin max min var var_mean native_layer_norm native_layer_norm_backward native_group_norm "
     "native_group_norm_backward native_batch_norm native_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward "
     "_softmax_backward_data _log_softmax_backward_data cumsum cumprod logsumexp argmax argmin any all topk sort "
     "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d linalg_vector_norm prod",
     "scattered": "embedding embedding_backward embedding_dense_backward index index_select index_put gather scatter scatter_add index_add "
-    "nll_loss nll_loss_backward nll_loss_forward max_pool2d_with_indices_backward select_backward slice_backward "
+    "nll_loss nll_loss_backward nll_loss_forward pick max_pool2d_with_indices_backward select_backward slice_backward "
     "slice_scatter select_scatter upsample_nearest2d _embedding_bag",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
@@ -92,7 +93,7 @@ _CREATION = (
 CREATION = frozenset(_CREATION.split())
 TINY_BYTES = 4096
 # Position of the operand of which only as much is read as comes out.
-GATHERED = {"embedding": 0, "_embedding_bag": 0, "index": 0, "index_select": 0, "gather": 0, "nll_loss": 0, "nll_loss_forward": 0}
+GATHERED = dict.fromkeys(["embedding", "_embedding_bag", "index", "index_select", "gather", "nll_loss", "nll_loss_forward", "pick"], 0)
 ATTENTION_BACKWARD = 2.5  # five matmuls instead of two: FlashAttention-2 (Dao, 2023), section 4.1
 
 

@@ -122,6 +122,9 @@ TABLE: dict[str, str] = {
     "autopar.embedding_backward.default": "*... d, ... -> v d | rows=size:v start=start:v",
     "autopar.nll_loss.default": "n c!, n -> , ",
     "autopar.nll_loss_backward.default": "*, n -> n c!",
+    "autopar.sum_exp.default": "n c, n -> n",
+    "autopar.pick.default": "*n c, n -> n | start=start:c",
+    "autopar.cross_entropy_backward.default": "*n, n c, n, n -> n c | start=start:c",
     **{f"aten.{op if '.' in op else op + '.default'}": row for row, ops in _GROUPS.items() for op in ops.split()},
 }
 

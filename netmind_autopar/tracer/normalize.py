@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from .. import kernels  # noqa: F401 - registers the namespace
 from ..ir.errors import CaptureError
+from .losses import cross_entropy, nll_loss, reduced
 
 _aten = torch.ops.aten
 _own = torch.ops.autopar
@@ -120,61 +121,6 @@ def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad
     return _own.embedding.default(weight, indices, 0, padding_idx)
 
 
-def _classes_last(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """x [c], [n, c] or [n, c, ...] and its class indices -> [m, c], [m]."""
-    if x.dim() > 2:
-        x = x.movedim(1, -1)
-    return x.reshape(-1, x.shape[-1]), target.reshape(-1)
-
-
-def nll_loss(logp: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100) -> Tensor:
-    shape = target.shape
-    logp, target = _classes_last(logp, target)
-    if weight is None and reduction != 0:
-        total, count = _own.nll_loss.default(logp, target, ignore_index)
-        return total / count if reduction == 1 else total
-    used = target != ignore_index
-    index = target.masked_fill(~used, 0)
-    picked = -logp.gather(1, index.unsqueeze(1)).squeeze(1) * used
-    if weight is not None:
-        weights = weight.gather(0, index) * used
-        picked = picked * weights
-        return picked.reshape(shape) if reduction == 0 else picked.sum() / weights.sum() if reduction == 1 else picked.sum()
-    return picked.reshape(shape)
-
-
-def cross_entropy(
-    x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0
-) -> Tensor:
-    """Classes by index: log-softmax and `nll_loss`; a smoothed part is the mean over the classes. By probability: products."""
-    logp = torch.log_softmax(x, 0 if x.dim() == 1 else 1)
-    if target.is_floating_point():
-        return _soft_cross_entropy(logp, target, weight, reduction, label_smoothing)
-    if label_smoothing == 0:
-        return nll_loss(logp, target, weight, reduction, ignore_index)
-    classes, (flat, index) = logp.shape[0 if x.dim() == 1 else 1], _classes_last(logp, target)
-    used = index != ignore_index
-    smooth = -(flat if weight is None else flat * weight).sum(1) * used
-    hard = nll_loss(flat, index, weight, 0, ignore_index)
-    loss = hard * (1 - label_smoothing) + smooth * (label_smoothing / classes)
-    if reduction == 0:
-        return loss.reshape(target.shape)
-    counts = used.to(loss.dtype) if weight is None else weight.gather(0, index.masked_fill(~used, 0)) * used
-    return loss.sum() / counts.sum() if reduction == 1 else loss.sum()
-
-
-def _soft_cross_entropy(logp: Tensor, target: Tensor, weight: Tensor | None, reduction: int, label_smoothing: float) -> Tensor:
-    dim = 0 if logp.dim() == 1 else 1
-    if label_smoothing:
-        target = target * (1 - label_smoothing) + label_smoothing / logp.shape[dim]
-    if weight is not None:
-        logp = logp * weight.reshape([-1 if d == dim else 1 for d in range(logp.dim())])
-    loss = -(logp * target).sum(dim)
-    if reduction == 0:
-        return loss
-    return loss.sum() / max(1, loss.numel()) if reduction == 1 else loss.sum()
-
-
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -246,19 +192,6 @@ class _BatchNorm(torch.autograd.Function):
         return dx, dw, db, None
 
 
-def _reduced(op: Any, position: int) -> Callable[..., Tensor]:
-    """An op with a `reduction` argument: element by element, then a sum and a division by the global count."""
-
-    def run(*args: Any) -> Tensor:
-        reduction = args[position] if len(args) > position else 1
-        if reduction == 0:
-            return op(*args)
-        out = op(*args[:position], 0, *args[position + 1 :])
-        return out.sum() / max(1, out.numel()) if reduction == 1 else out.sum()
-
-    return run
-
-
 # op -> what to call instead. Functions that take `random` and `salt` draw random numbers.
 TABLE: dict[Any, Callable[..., Any]] = {
     _aten.scaled_dot_product_attention.default: attention,
@@ -271,13 +204,13 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.nll_loss.default: nll_loss,
     _aten.nll_loss2d.default: nll_loss,
     _aten.batch_norm.default: batch_norm,
-    _aten.mse_loss.default: _reduced(_aten.mse_loss.default, 2),
-    _aten.l1_loss.default: _reduced(_aten.l1_loss.default, 2),
-    _aten.smooth_l1_loss.default: _reduced(_aten.smooth_l1_loss.default, 2),
-    _aten.huber_loss.default: _reduced(_aten.huber_loss.default, 2),
-    _aten.soft_margin_loss.default: _reduced(_aten.soft_margin_loss.default, 2),
-    _aten.kl_div.default: _reduced(_aten.kl_div.default, 2),
-    _aten.binary_cross_entropy.default: _reduced(_aten.binary_cross_entropy.default, 3),
+    _aten.mse_loss.default: reduced(_aten.mse_loss.default, 2),
+    _aten.l1_loss.default: reduced(_aten.l1_loss.default, 2),
+    _aten.smooth_l1_loss.default: reduced(_aten.smooth_l1_loss.default, 2),
+    _aten.huber_loss.default: reduced(_aten.huber_loss.default, 2),
+    _aten.soft_margin_loss.default: reduced(_aten.soft_margin_loss.default, 2),
+    _aten.kl_div.default: reduced(_aten.kl_div.default, 2),
+    _aten.binary_cross_entropy.default: reduced(_aten.binary_cross_entropy.default, 3),
 }
 _DRAWS = {attention, dropout, dropout_, feature_dropout}
 
