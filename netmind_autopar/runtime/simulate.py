@@ -19,6 +19,7 @@ from .collectives import bucket, bucket_stage, lockstep, move, stage
 
 PerRank = list[Any]  # one entry per rank: a tensor, or a tuple of tensors
 Observer = Callable[[fx.Node, PerRank], None]
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def run(
@@ -103,7 +104,8 @@ def reference(program: Program, inputs: Mapping[str, Tensor], observe: Callable[
             env[node] = program.constants[str(node.target)]
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)
+            # capture drops copies that only made a tensor dense: what was a view may need one
+            env[node] = torch.ops.aten.reshape.default(*args) if node.target in _VIEWS else node.target(*args, **kwargs)
         if observe:
             observe(node, env[node])
         for arg in node.all_input_nodes:
