@@ -120,6 +120,8 @@ TABLE: dict[str, str] = {
     "autopar.dropout.default": "*..., -> ... | parts=parts starts=starts lengths=lengths",
     "autopar.embedding.default": "*v d, ... -> ... d | start=start:v",
     "autopar.embedding_backward.default": "*... d, ... -> v d | rows=size:v start=start:v",
+    "autopar.grouped_mm.default": "*s k, *e k n, x! -> s n | start=start:e row=start:s",
+    "autopar.grouped_mm_backward.default": "*s k, *s n, x! -> e k n | groups=size:e start=start:e row=start:s",
     "autopar.nll_loss.default": "n c!, n -> , ",
     "autopar.nll_loss_backward.default": "*, n -> n c!",
     "autopar.sum_exp.default": "n c, n -> n",
