@@ -74,6 +74,9 @@ def _listed() -> Iterator[Case]:
         yield "aten.embedding_dense_backward.default", (F(k, 2, n), I(m, k, 2), m, -1, True), {}  # counts how often an index occurs
         yield "autopar.embedding.default", (F(m, n), I(m, k, 2), 0, -1), {}
         yield "autopar.embedding_backward.default", (F(k, 2, n), I(m, k, 2), m, 0, 1), {}
+        ends = torch.tensor([2, 2, k + n - 1])  # an empty group, and a row behind the last
+        yield "autopar.grouped_mm.default", (F(k + n, m), F(3, m, n), ends, 0, 0), {}
+        yield "autopar.grouped_mm_backward.default", (F(k + n, m), F(k + n, n), ends, 3, 0, 0), {}
         yield "autopar.nll_loss.default", (F(k, n), I(n, k), 1), {}
         yield "autopar.nll_loss_backward.default", (F(), I(n, k), n, 1), {}
         yield "autopar.sum_exp.default", (F(k, n), F(k)), {}
