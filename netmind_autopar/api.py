@@ -41,6 +41,7 @@ def plan(
     inputs: Literal["global", "local"] = "global",
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
+    mode: Literal["training", "inference"] = "training",
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
@@ -51,14 +52,14 @@ def plan(
 
     sample_inputs: a tensor, tuple or dict of tensors with global shapes. mesh: "dp=4,tp=8", a DeviceMesh or a Mesh.
     cluster: a preset or a profile file; the present machine when None. memory: bytes or "70GiB" per device; the device's own
-    when None. pins: {"lm_head.weight": "S(0)"} fixes parameters. outputs: names to keep, all when None. random_costs: a seed; prices
-    are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
+    when None. pins: {"lm_head.weight": "S(0)"} fixes parameters. outputs: names to keep, all when None. mode: "inference" plans forward
+    alone. random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """
     say = progress or (lambda _: None)
     start = time.process_time()
     say("capturing the model")
-    program = _capture(model, sample_inputs, outputs, differentiable)
+    program = _capture(model, sample_inputs, outputs, differentiable, mode)
     found = plan_program(
         program,
         make_mesh(mesh, cluster or default_cluster()),
@@ -88,6 +89,7 @@ def autoparallelize(
     inputs: Literal["global", "local"] = "global",
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
+    mode: Literal["training", "inference"] = "training",
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
@@ -102,7 +104,7 @@ def autoparallelize(
     torch_mesh = running_mesh(device_mesh)
     if plan is not None:
         check_plan_mesh(plan, torch_mesh)
-    program: Program = together(lambda: _capture(model, sample_inputs, outputs, differentiable))  # type: ignore[assignment]
+    program: Program = together(lambda: _capture(model, sample_inputs, outputs, differentiable, mode))  # type: ignore[assignment]
     all_alike(
         "the captured graph",
         graph_hash(program),
@@ -126,7 +128,7 @@ def autoparallelize(
 def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
     """Lower and emit. Raises PlanError when the plan was made for another program."""
     lowered = lower_plan(program, plan)
-    source = emit(lowered, plan)
+    source = emit(lowered, plan, inference=program.mode == "inference")
     flags.debug(4, source)
     flags.dump("lowered.txt", str(lowered.graph))
     flags.dump("emitted.py", source)
@@ -138,9 +140,12 @@ def lower_plan(program: Program, plan: Plan) -> Program:
     return lower(program, bind_program(program), plan)
 
 
-def _capture(model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str | None, differentiable: Sequence[str] | None) -> Program:
+def _capture(
+    model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str | None, differentiable: Sequence[str] | None, mode: Any
+) -> Program:
     kept = None if outputs is None or outputs == "global" else tuple(outputs)
-    return capture(check_model(model), sample_inputs, outputs=kept, differentiable=tuple(differentiable) if differentiable else None)
+    wanted = tuple(differentiable) if differentiable else None
+    return capture(check_model(model), sample_inputs, outputs=kept, differentiable=wanted, mode=mode)
 
 
 def plan_program(

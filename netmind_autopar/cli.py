@@ -98,6 +98,7 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--pin", action="append", default=[], metavar="NAME=PLACEMENTS", help="fix a parameter's placements: wte.weight=S(0),R"
     )
+    sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
@@ -168,7 +169,7 @@ def run_plan(args: argparse.Namespace) -> int:
         start = time.process_time()
         mesh = make_mesh(args.mesh, args.cluster or default_cluster())
         progress("capturing the model")
-        program = capture(loaded.model, loaded.inputs)
+        program = capture(loaded.model, loaded.inputs, mode=args.mode)
         found = api.plan_program(  # as api.plan does, but the program is still needed for the report
             program,
             mesh,
@@ -202,7 +203,7 @@ def run_explain(args: argparse.Namespace) -> int:
         progress("building the model")
         loaded = _load(args, meta=True)
         progress("capturing the model")
-        program = capture(loaded.model, loaded.inputs)
+        program = capture(loaded.model, loaded.inputs, mode=plan.mode)
         rules = bind_program(program)
         sent, rows = conversion_rows(program, rules, plan), class_rows(program, rules, plan)
     _show(
@@ -254,10 +255,10 @@ def _in_dtype(loaded: modelfile.Loaded, plan: Plan, dtype: str) -> tuple[modelfi
     from .tracer.capture import capture
     from .tracer.hash import graph_hash
 
-    program = capture(loaded.model, loaded.inputs)
+    program = capture(loaded.model, loaded.inputs, mode=plan.mode)
     choices_to_strategies(program, bind_program(program), plan)
     other = modelfile.cast(loaded, dtype)
-    return other, plan.model_copy(update={"graph_hash": graph_hash(capture(other.model, other.inputs))})
+    return other, plan.model_copy(update={"graph_hash": graph_hash(capture(other.model, other.inputs, mode=plan.mode))})
 
 
 def run_mesh(args: argparse.Namespace) -> int:

@@ -30,7 +30,8 @@ def random_plan(program: Program, rules: dict[str, Rule], mesh: str, seed: int, 
     conversions = Conversions(links, None)
     class_of = {member: name for name, kind in kinds.items() for member in kind.members}
     for attempt in range(200):  # a conversion may be impossible: a maximum in parts cannot be made
-        plan = Plan(graph_hash=graph_hash(program), mesh=axes, choices=dict(choices), inputs=inputs, status="given")  # type: ignore[arg-type]
+        head = {"graph_hash": graph_hash(program), "mode": program.mode, "mesh": axes, "inputs": inputs}
+        plan = Plan(**head, choices=dict(choices), status="given")  # type: ignore[arg-type]
         strategies = choices_to_strategies(program, rules, plan)
         bad = [
             n

@@ -95,6 +95,7 @@ class Plan(_Part):
     format: Literal["netmind-autopar-plan"] = "netmind-autopar-plan"
     version: Literal[1] = 1
     graph_hash: str = Field(pattern=r"^[0-9a-f]{16}$")
+    mode: Literal["training", "inference"] = "training"
     mesh: tuple[PlanAxis, ...] = Field(min_length=1)
     device: PlanDevice = PlanDevice()
     cluster: str = "custom"

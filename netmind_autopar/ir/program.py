@@ -42,7 +42,8 @@ class Input:
 class Output:
     """A result. role: "output" (the user's leaf `index`), "mutation" (new value of buffer `name`) or "grad".
 
-    A gradient has name and index of its `Input`: a parameter's index is -1, so an input may be called like a parameter.
+    A gradient has name and index of its `Input`: a parameter's index is -1, so an input may be called like a parameter. In inference
+    a mutation may also be of an input, whose name and index it has: the model wrote into it, as into a cache.
     """
 
     node: str
@@ -54,10 +55,11 @@ class Output:
 @dataclass(frozen=True)
 class Signature:
     """How the user calls the model. `pack` turns (args, kwargs) into the list of tensors of role "input", `unpack` turns
-    the list of tensors of role "output" into what the model returns; both are pure."""
+    the list of tensors of role "output" into what the model returns, `rebuild` makes (args, kwargs) around other tensors; all are pure."""
 
     pack: Callable[[tuple, dict], list[torch.Tensor]]
     unpack: Callable[[list[Any]], Any]
+    rebuild: Callable[[list[torch.Tensor]], tuple[tuple, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Program:
     tied: Mapping[str, str] = field(default_factory=dict)
     specs: Mapping[str, Spec | tuple[Spec | None, ...]] = field(default_factory=dict)
     expects: Mapping[str, tuple[Spec, ...]] = field(default_factory=dict)
+    mode: str = "training"  # or "inference": forward alone, no tangents and no gradients
 
     @contextmanager
     def edit(self) -> Iterator[Draft]:
@@ -88,7 +91,7 @@ class Program:
         raise GraphError(f"no node {name!r} in the graph")
 
     def owner(self, item: Output) -> Input:
-        """Of a gradient: the parameter or input whose gradient it is. A parameter and an input may share a name, not an index too."""
+        """The parameter or input that a gradient, or an input's new value, belongs to. Two may share a name, not an index too."""
         return next(i for i in self.inputs if i.role in ("param", "input") and (i.name, i.index) == (item.name, item.index))
 
     def placeholders(self) -> dict[str, Input]:

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
-from torch.distributed.tensor import Shard as TorchShard
 
 from ..ir.errors import AutoparError, InputError, ShapeError
 from ..ir.plan import Plan
 from ..ir.program import Input, Output, Program, Signature
-from ..ir.spec import Partial, Shard, Spec, local_shape, shard
+from ..ir.spec import Spec, local_shape, shard
+from . import infer
 from .collectives import ProcessWire
+from .dtensors import as_dtensor, torch_placements
 from .place import Place, load
 
 
@@ -37,6 +37,7 @@ class Executable:
     constants: Mapping[str, Tensor]
     tied: Mapping[str, str]
     training: bool
+    mode: str
 
     @classmethod
     def of(cls, lowered: Program, source: str, inference_source: Callable[[], str], *, training: bool) -> Executable:
@@ -53,6 +54,7 @@ class Executable:
             lowered.constants,
             lowered.tied,
             training,
+            lowered.mode,
         )
 
 
@@ -71,8 +73,12 @@ class ParallelModule(nn.Module):
         groups = [device_mesh.get_group(axis).group_name for axis in range(len(sizes))]
         device = _device(device_mesh)
         self._place = Place(plan.axis_names, sizes, coord, device, ProcessWire(groups, sizes, coord), executable.constants)
-        self._forward, self._backward = load(executable.source, self._place)
+        self._forward: Callable[..., Any] | None = None
         self._infer: Callable[..., Any] | None = None
+        if executable.mode == "inference":
+            self._infer = load(executable.source, self._place, "inference")
+        else:
+            self._forward, self._backward = load(executable.source, self._place)
         self._shared: dict[bool, list[list[int]]] = {}
         self._roles = _Roles(executable)
         self._adopt(model, sizes, coord, device)
@@ -95,10 +101,13 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's forward. Raises ShapeError for inputs unlike those planned for."""
         self._check_mode()
-        tensors = self._user_inputs(args, kwargs)
+        if self._forward is None:
+            leaves = infer.run(self, self._infer, args, kwargs)  # type: ignore[arg-type]
+            return self._executable.signature.unpack([v.full_tensor() if self._gather and isinstance(v, DTensor) else v for v in leaves])
+        tensors = self._user_inputs(self._executable.signature.pack(args, kwargs))
         owners = [self._tensor_of(item, tensors) for item in self._roles.leading]
         results = _Step.apply(self, *owners)
-        leaves: list[Any] = [None] * self._roles.leaves
+        leaves = [None] * self._roles.leaves
         for out, value in zip(self._roles.results, results, strict=True):
             if out.role == "mutation":
                 with torch.no_grad():
@@ -106,6 +115,13 @@ class ParallelModule(nn.Module):
             else:
                 leaves[out.index] = value.full_tensor() if self._gather and isinstance(value, DTensor) else value
         return self._executable.signature.unpack(leaves)
+
+    def shard_inputs(self, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+        """(args, kwargs) of a call with its tensors, whole on every device, as DTensors that lie as the plan has them.
+
+        For a cache that stays split from call to call: give it to the first call so, and what comes back to the next.
+        """
+        return self._executable.signature.rebuild(list(infer.shard_inputs(self, args, kwargs)))
 
     def _keep_from_changing(self, buffers: Sequence[Tensor], values: list[Tensor], saved: list[Tensor]) -> None:
         """Copy results and saved values that share memory with a buffer which this step writes: they mean its old value.
@@ -123,7 +139,8 @@ class ParallelModule(nn.Module):
                 tensors[k] = tensors[k].clone()
 
     def _check_mode(self) -> None:
-        depends = any(i.role == "seed" for i in self._executable.inputs) or any(o.role == "mutation" for o in self._executable.outputs)
+        e = self._executable
+        depends = any(i.role == "seed" for i in e.inputs) or any(o.role == "mutation" for o in e.outputs) or e.mode == "inference"
         if depends and self.training != self._executable.training:
             had, now = ("train", "eval") if self._executable.training else ("eval", "train")
             raise InputError(
@@ -132,8 +149,7 @@ class ParallelModule(nn.Module):
                 try_=f"call autoparallelize again after model.{now}() and load this module's state_dict into it",
             )
 
-    def _user_inputs(self, args: tuple, kwargs: dict) -> list[Tensor]:
-        given = self._executable.signature.pack(args, kwargs)
+    def _user_inputs(self, given: Sequence[Tensor]) -> list[Tensor]:
         out: list[Tensor] = []
         for item, spec, value in zip(self._roles.users, self._roles.user_specs, given, strict=True):
             if isinstance(value, DTensor):
@@ -311,18 +327,6 @@ def _owned(grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
             pieces.append((start, end))
         out.append(grad)
     return out
-
-
-def torch_placements(spec: Spec) -> list[Any]:
-    """The placements of a plain Spec in torch's own terms."""
-    table = {Shard: lambda p: TorchShard(p.dim), Partial: lambda p: TorchPartial(p.op)}
-    return [table.get(type(p), lambda _: TorchReplicate())(p) for p in spec.placements]
-
-
-def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
-    """A DTensor around a local tensor, without communication."""
-    stride = torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _broadcast(name: str, tensor: Tensor, device: torch.device) -> Tensor:

@@ -83,10 +83,10 @@ def value_of(node: fx.Node) -> torch.Tensor:
 
 
 def owner_of(program: Program, item: Output) -> str | None:
-    """Whose layout a result takes: the node of the parameter or input of a gradient, `output.<path>`, None: replicated."""
+    """Whose layout a result takes: the node of the parameter or input of a gradient or new value, `output.<path>`, None: replicated."""
     if item.role == "output":
         return f"output.{item.name}"
-    if item.role == "grad":
+    if item.role == "grad" or item.index >= 0:
         return program.owner(item).node
     return None
 

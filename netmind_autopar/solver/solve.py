@@ -66,6 +66,7 @@ def solve(
     choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
     plan = Plan(
         graph_hash=graph_hash,
+        mode=program.mode,  # type: ignore[arg-type]
         cluster=cluster,
         memory_limit_bytes=limit,
         optimizer=optimizer,
@@ -190,6 +191,13 @@ def choices_to_strategies(program: Program, rules: Mapping[str, Rule], plan: Pla
 
     Raises PlanError when the plan was made for another program, or names classes or symbols that this one does not have.
     """
+    if plan.mode != program.mode:
+        raise PlanError(
+            f"the plan was made for {plan.mode}, and the model was captured for {program.mode}",
+            where=f"mode {plan.mode}",
+            why="inference has a graph of its own: forward alone, with no gradients to keep anything for",
+            try_=f'mode="{plan.mode}", or plan again with mode="{program.mode}"',
+        )
     found = hash_of(program)
     if found != plan.graph_hash:
         raise PlanError(

@@ -25,14 +25,14 @@ class Traced:
     outs: list[tuple]
 
 
-def assemble(traced: Traced, prefix: str, call: Call, selection: Selection, tied: dict[str, str]) -> Program:
+def assemble(traced: Traced, prefix: str, call: Call, selection: Selection, tied: dict[str, str], mode: str = "training") -> Program:
     """Name the ends, clean the graph, write `val`, `where`, `module` and `phase` on every node."""
     nodes = list(traced.graph.nodes)
     for node in nodes:
         node.meta.update(_origin(node))
         if node.op == "get_attr":
             node.meta["val"] = traced.constants[node.target]
-    names = _Names(prefix, [path for path, _ in call.leaves], selection.paths)
+    names = _Names(prefix, [path for path, _ in call.leaves], selection.paths, mode)
     results = [(node, names.output(end)) for node, end in zip(nodes[-1].args[0], traced.outs, strict=True) if isinstance(node, fx.Node)]
     results.sort(key=lambda pair: ("output", "mutation", "grad").index(pair[1][0]))
     nodes[-1].args = (tuple(node for node, _ in results),)
@@ -54,7 +54,7 @@ def assemble(traced: Traced, prefix: str, call: Call, selection: Selection, tied
     inputs = tuple(Input(n.name, *ends[o.name]) for n, o in zip(new, old, strict=True))
     outputs = tuple(Output(n.name, *end) for n, (_, end) in zip(_results(graph), results, strict=True))
     constants = {n.target: traced.constants[n.target] for n in graph.nodes if n.op == "get_attr"}
-    return Program(graph, inputs, outputs, Signature(call.pack, selection.unpack), constants, tied)
+    return Program(graph, inputs, outputs, Signature(call.pack, selection.unpack, call.arguments), constants, tied, mode=mode)
 
 
 def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
@@ -85,6 +85,7 @@ class _Names:
     prefix: str
     leaves: list[str]
     outputs: tuple[str, ...]
+    mode: str
 
     def input(self, end: tuple) -> tuple[str, str, int]:
         kind, what = end
@@ -107,12 +108,14 @@ class _Names:
             return "mutation", self._qualified(end[2]), -1
         if end[0] == "grad":
             return "grad", *self.input(end[1:])[1:]
+        if end[:2] == ("mutation", "input") and self.mode == "inference" and end[2]:
+            return "mutation", *self.input(end[1:])[1:]
         what = self.leaves[end[2] - 1] if end[1] == "input" else self._qualified(end[2]) if end[1] == "param" else str(end)
         raise CaptureError(
             "the model writes into what it was given",
             where=what,
             why="inputs and parameters are shared between devices",
-            try_="clone the tensor before writing into it, or register it as a buffer",
+            try_="clone the tensor before writing into it, or register it as a buffer; a cache may be written into with mode=\"inference\"",
         )
 
     def _qualified(self, name: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -34,13 +34,16 @@ def capture(
     differentiable: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
     fold: bool = True,
+    mode: Literal["training", "inference"] = "training",
 ) -> Program:
-    """Trace one training step of `model` for the shapes of `sample_inputs`.
+    """Trace one training step of `model`, or with mode="inference" forward alone, for the shapes of `sample_inputs`.
 
     sample_inputs: a tensor, a tuple (positional) or a dict (by name) of tensors and constants, global shapes, on one device;
     only shapes and dtypes are read. differentiable: paths of the outputs that carry a gradient; by default every 0-dim
     float output (a loss), or every float output when there is none. outputs: paths of the outputs to keep, all by default.
     fold: trace few of a deep model's blocks when the others are provably alike; the program is the same, made faster.
+
+    mode: in inference no gradient is computed, and what the model writes into its inputs (a cache) comes back as a result.
 
     Raises InputError for unusable arguments and CaptureError when the model is no single static graph.
     """
@@ -53,24 +56,39 @@ def capture(
         )
     call = sample_call(model.forward, sample_inputs)
     kept, carrying = _names(outputs, "outputs"), _names(differentiable, "differentiable")
+    if _check_mode(mode, carrying) == "inference":
+        carrying = ()
     tied = clone.tied_names(model)
 
     def select() -> Selection:
         return Selection(kept, carrying)
 
-    def trace(fake: nn.Module, mode: Any, selection: Selection) -> Program:
-        with mode:
+    def trace(fake: nn.Module, fakes: Any, selection: Selection) -> Program:
+        with fakes:
             seed = torch.empty((), dtype=torch.int64)
-        tensors = [clone.fake_like(tensor, mode) for _, tensor in call.leaves]
-        traced = _trace(_Wrapper(fake, call, selection), (seed, *tensors), tied)
-        return assemble(traced, _PREFIX, call, selection, tied)
+        tensors = [clone.fake_like(tensor, fakes) for _, tensor in call.leaves]
+        traced = _trace(_Wrapper(fake, call, selection), (seed, *tensors), tied, mode)
+        return assemble(traced, _PREFIX, call, selection, tied, mode)
 
     with _plain_torch():
         if fold:
             with contextlib.suppress(Exception):  # whatever the reason, tracing all of it is right, and says what is wrong
                 return repeat.expanded(model, call, select, trace, torch_private.fake_mode)
-        mode = torch_private.fake_mode()
-        return trace(clone.fake_clone(model, mode), mode, select())
+        fakes = torch_private.fake_mode()
+        return trace(clone.fake_clone(model, fakes), fakes, select())
+
+
+def _check_mode(mode: str, differentiable: tuple[str, ...] | None) -> str:
+    if mode not in ("training", "inference"):
+        raise InputError(f"there is no mode {mode!r}", where="mode=", try_='mode="training" or mode="inference"')
+    if mode == "inference" and differentiable:
+        raise InputError(
+            "nothing is differentiable in inference",
+            where=f"differentiable={differentiable!r}",
+            why="forward alone is captured",
+            try_='drop differentiable=, or use mode="training"',
+        )
+    return mode
 
 
 def _names(value: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
@@ -109,7 +127,7 @@ class _Wrapper(nn.Module):
         return self.selection.take(self.get_submodule(_PREFIX)(*args, **kwargs))
 
 
-def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str]) -> Traced:
+def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str) -> Traced:
     try:
         exported = torch_private.export(wrapper, args)
         _check_static(exported)
@@ -117,6 +135,9 @@ def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, st
         _note_origins(exported)
         seed = next(n for n in exported.graph.nodes if n.op == "placeholder")
         normalize(exported, seed, Random())
+        if mode == "inference":  # only now: models decide by requires_grad which of two equal ways they go
+            for tensor in (*exported.parameters(), *args):
+                tensor.requires_grad_(False)
         return Traced(*torch_private.joint(exported, args, DECOMPOSITIONS))
     except AutoparError:
         raise

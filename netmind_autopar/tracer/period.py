@@ -169,6 +169,8 @@ def cut(steps: Sequence[Step], starts: Sequence[int], backward: int) -> tuple[in
     """
     if len(starts) != 4:
         raise NoPeriod(f"{len(starts)} of 4 blocks are called")
+    if backward == len(steps):  # inference
+        return starts[1], starts[2], starts[3], backward, backward, backward
     found: dict[int, int] = {}
     for i in range(backward, len(steps)):
         for block in (0, 1, 2):

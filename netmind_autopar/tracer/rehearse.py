@@ -60,6 +60,8 @@ def rehearse(model: nn.Module, path: str, call: Call, selection: Selection, spli
     carrying = [(name, t) for name, t in zip(selection.paths, kept, strict=True) if t.requires_grad]
     out.tangents = [name for name, _ in carrying]
     wanted = [t for t in (*model.parameters(), *tensors) if t.requires_grad]
+    if not carrying:
+        return out
     with mode:
         ones = [torch.ones_like(t) for _, t in carrying]
     for (name, _), one in zip(carrying, ones, strict=True):

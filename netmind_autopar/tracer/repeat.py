@@ -155,12 +155,12 @@ def _facts(node: fx.Node) -> tuple:
 
 
 def _salt(node: fx.Node) -> int | None:
-    """The position of an argument that counts on from one random op to the next; an op that drops nothing has salt 0."""
+    """The position of an argument that counts on from one random op to the next; an op that drops nothing (`p` is 0) has salt 0."""
     schema = getattr(node.target, "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema is not None else []
-    if "salt" not in names or "p" not in names or len(node.args) <= names.index("salt"):
+    if "salt" not in names or len(node.args) <= names.index("salt"):
         return None
-    return names.index("salt") if node.args[names.index("p")] else None
+    return names.index("salt") if "p" not in names or node.args[names.index("p")] else None
 
 
 class _Expander:
@@ -198,8 +198,9 @@ class _Expander:
         placed = tuple(Input(n.name, i.role, i.name, i.index) for n, i in zip(nodes[: len(old)], inputs, strict=True))
         results = tuple(Output(n.name, o.role, o.name, o.index) for n, (_, o) in zip(nodes[-1].args[0], outputs, strict=True))
         constants = {n.target: self.four_program.constants[n.target] for n in nodes if n.op == "get_attr"}
-        signature = Signature(self.four_program.signature.pack, rehearsal.selection.unpack)
-        return Program(graph, placed, results, signature, constants, self.four_program.tied)
+        given = self.four_program.signature
+        signature = Signature(given.pack, rehearsal.selection.unpack, given.rebuild)
+        return Program(graph, placed, results, signature, constants, self.four_program.tied, mode=self.four_program.mode)
 
     def _tensors(self, count: int) -> Iterable[str]:
         for name in self.tensors:

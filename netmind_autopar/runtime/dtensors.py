@@ -1,0 +1,28 @@
+"""Between a plan's layouts and torch's own DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Partial as TorchPartial
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+
+from ..ir.spec import Partial, Shard, Spec
+
+
+def torch_placements(spec: Spec) -> list[Any]:
+    """The placements of a plain Spec in torch's own terms."""
+    table = {Shard: lambda p: TorchShard(p.dim), Partial: lambda p: TorchPartial(p.op)}
+    return [table.get(type(p), lambda _: TorchReplicate())(p) for p in spec.placements]
+
+
+def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
+    """A DTensor around a local tensor, without communication."""
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
