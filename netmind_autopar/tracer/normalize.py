@@ -212,6 +212,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.kl_div.default: reduced(_aten.kl_div.default, 2),
     _aten.binary_cross_entropy.default: reduced(_aten.binary_cross_entropy.default, 3),
 }
+# Ops of other libraries, which need not be there.
+BY_NAME: dict[str, Callable[..., Any]] = {"transformers.grouped_mm_fallback.default": grouped_mm}
 _DRAWS = {attention, dropout, dropout_, feature_dropout}
 
 
