@@ -234,8 +234,8 @@ def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target in TABLE:
-                node.target = TABLE[node.target]
+            if own := TABLE.get(node.target) or BY_NAME.get(str(node.target)):
+                node.target = own
                 if node.target in _DRAWS:
                     node.kwargs = {**node.kwargs, "random": random, "salt": random.salt()}
             else:
