@@ -64,7 +64,7 @@ CPU = {
 }
 
 CLASSES = {
-    "matmul": "mm addmm bmm baddbmm mv addmv dot linear _grouped_mm",
+    "matmul": "mm addmm bmm baddbmm mv addmv dot linear _grouped_mm grouped_mm grouped_mm_backward",
     "convolution": "convolution convolution_backward",
     "attention": "attention attention_backward",
     "transcendental": "gelu gelu_backward exp tanh sigmoid silu silu_backward log erf sin cos pow _softmax _log_softmax softplus mish "
