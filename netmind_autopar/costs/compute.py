@@ -146,6 +146,11 @@ def _linear(node: fx.Node) -> float:
     return 2.0 * math.prod(_shape(node, 0)) * _shape(node, 1)[0]
 
 
+def _grouped(node: fx.Node) -> float:
+    """Every row meets one matrix: 2 · rows · inner · columns, forward and backward."""
+    return 2.0 * math.prod(_shape(node, 0)) * _shape(node, 1)[-1]
+
+
 def _convolution(image: Shape, weight: Shape, made: Shape, transposed: bool) -> float:
     """Every weight meets every place of the output (of the input, when transposed), for every image of the batch."""
     places = image if transposed else made
