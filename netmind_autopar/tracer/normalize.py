@@ -192,6 +192,16 @@ class _BatchNorm(torch.autograd.Function):
         return dx, dw, db, None
 
 
+def grouped_mm(
+    x: Tensor, w: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Rows by group times a matrix per group. torch's own op takes some dtypes and sizes only, and others per device."""
+    if offs is None or bias is not None or x.dim() != 2 or w.dim() != 3:
+        return _aten._grouped_mm.default(x, w, offs, bias, out_dtype)
+    out = _own.grouped_mm.default(x, w, offs, 0, 0)
+    return out if out_dtype is None else out.to(out_dtype)
+
+
 # op -> what to call instead. Functions that take `random` and `salt` draw random numbers.
 TABLE: dict[Any, Callable[..., Any]] = {
     _aten.scaled_dot_product_attention.default: attention,
