@@ -214,6 +214,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.nll_loss.default: nll_loss,
     _aten.nll_loss2d.default: nll_loss,
     _aten.batch_norm.default: batch_norm,
+    _aten._grouped_mm.default: grouped_mm,
     _aten.mse_loss.default: reduced(_aten.mse_loss.default, 2),
     _aten.l1_loss.default: reduced(_aten.l1_loss.default, 2),
     _aten.smooth_l1_loss.default: reduced(_aten.smooth_l1_loss.default, 2),
