@@ -187,6 +187,8 @@ _FLOPS: dict[str, Callable[[fx.Node], float]] = {
     "_grouped_mm": _matmul(0),
     "grouped_mm": _grouped,
     "grouped_mm_backward": _grouped,
+    "grouped_mm": _grouped,
+    "grouped_mm_backward": _grouped,
     "addmm": _matmul(1),
     "baddbmm": _matmul(1),
     "addmv": _matmul(1),
