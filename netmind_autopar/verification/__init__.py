@@ -1,12 +1,12 @@
 """Is a plan exact? Run all of its ranks in lockstep in one process and compare with the original model.
 
-    check.py      verify, compare: the steps, and what is compared with what
-    sides.py      the original model and the ranks, with one state
-    perturb.py    values that hide nothing
-    judge.py      relative errors, tolerances
-    locate.py     the first operation that differs
-    shrink.py     a failing case made small: mesh, choices, program
-    repro.py      a small case as one Python file
+check.py      verify, compare: the steps, and what is compared with what
+sides.py      the original model and the ranks, with one state
+perturb.py    values that hide nothing
+judge.py      relative errors, tolerances
+locate.py     the first operation that differs
+shrink.py     a failing case made small: mesh, choices, program
+repro.py      a small case as one Python file
 """
 
 from __future__ import annotations
