@@ -145,7 +145,7 @@ class EncoderDecoder(nn.Module):
         self.register_buffer("causal", nn.Transformer.generate_square_subsequent_mask(5))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        return self.inner(source, target, tgt_mask=self.causal.to(target.dtype), tgt_is_causal=True).square().mean()
+        return self.inner(source, target, tgt_mask=self.causal.to(target.dtype), tgt_is_causal=True).sigmoid().square().mean()
 
 
 def encoder_decoder(dtype: torch.dtype) -> tuple[nn.Module, Any]:

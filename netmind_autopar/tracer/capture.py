@@ -19,6 +19,7 @@ from ..ir.errors import AutoparError, CaptureError, InputError
 from ..ir.program import Program
 from . import clone, repeat, torch_private
 from .assemble import Traced, assemble
+from .functions import Kept, check_hooks
 from .masks import eager_masks
 from .normalize import DECOMPOSITIONS, Random, normalize
 from .origin import module_path, where, where_raised
@@ -54,6 +55,7 @@ def capture(
             why="its parameters, buffers and forward are needed",
             try_="wrap the function in a Module",
         )
+    check_hooks(model)
     call = sample_call(model.forward, sample_inputs)
     kept, carrying = _names(outputs, "outputs"), _names(differentiable, "differentiable")
     if _check_mode(mode, carrying) == "inference":
@@ -129,7 +131,10 @@ class _Wrapper(nn.Module):
 
 def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str) -> Traced:
     try:
-        exported = torch_private.export(wrapper, args)
+        kept = Kept()
+        with kept.recording():
+            exported = torch_private.export(wrapper, args)
+        kept.restore(exported)
         _check_static(exported)
         _merge_tied(exported, tied)
         _note_origins(exported)

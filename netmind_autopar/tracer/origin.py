@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import re
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,3 +46,14 @@ def module_path(stack: dict[str, Any] | None, prefix: str) -> str | None:
         return None
     path = re.sub(r"@\d+", "", next(reversed(stack.values()))[0])
     return path[len(prefix) + 1 :] if path.startswith(prefix + ".") else ""
+
+
+def where_called() -> str:
+    """The innermost line outside torch and this package among those that are being executed; "" when there is none."""
+    frame = sys._getframe(1)
+    while frame is not None and not _foreign(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return ""
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{Path(path).name}:{line}  {linecache.getline(path, line).strip()}".rstrip()

@@ -15,6 +15,7 @@ from torch._functorch._aot_autograd import descriptors as _desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Do not note which Python function each op came from: nobody reads it, and it takes a twelfth of the time. Since 2.12 or so.
@@ -109,6 +110,17 @@ def traced_node(tensor: torch.Tensor) -> fx.Node | None:
     slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
     node = getattr(getattr(slot, "proxy", None), "node", None)
     return node if isinstance(node, fx.Node) else None
+
+
+def traced_call(target: Any, inputs: Any, key: int, run: Callable[[], list[torch.Tensor]]) -> None:
+    """Trace one node `target(inputs, key)` whose results are the tensors that `run` makes, unseen by the trace."""
+    mode = proxy_tensor.get_proxy_mode()
+    assert mode is not None
+    with proxy_tensor.disable_proxy_modes_tracing():
+        results = run()
+    proxies = torch.utils._pytree.tree_map(lambda t: proxy_tensor.get_proxy_slot(t, mode.tracer).proxy, inputs)
+    node = mode.tracer.create_proxy("call_function", target, (proxies, key), {})
+    proxy_tensor.track_tensor_tree(results, node, constant=None, tracer=mode.tracer)
 
 
 @contextlib.contextmanager
