@@ -31,6 +31,16 @@ def _text(batch: int = BATCH, seq: int = SEQ) -> Batch:
     return {"input_ids": _ids(batch, seq), "labels": _ids(batch, seq, seed=2)}
 
 
+@functools.cache
+def _grouped_in_float64() -> None:
+    """torch's grouped product takes no float64, where transformers takes its own only for older versions of torch: let it do so
+    for float64 too, or the model would not run at all."""
+    from transformers.integrations import moe
+
+    decide = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda x, w, offs: w.dtype != torch.float64 and decide(x, w, offs)
+
+
 def _lm(make: Callable[[], nn.Module], dtype: torch.dtype, batch: int = BATCH, seq: int = SEQ) -> Sample:
     return models._build(make, dtype, "cpu"), _text(batch, seq)
 
@@ -199,6 +209,7 @@ def mixtral(dtype: torch.dtype, *, experts: str) -> Sample:
     """Two of five experts a token, and the loss that balances them."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    _grouped_in_float64()
     config = MixtralConfig(
         num_hidden_layers=1,
         hidden_size=24,
@@ -219,6 +230,7 @@ def deepseek_v3(dtype: torch.dtype) -> Sample:
     """Latent attention, experts chosen by groups, one shared expert; the first layer is dense."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+    _grouped_in_float64()
     config = DeepseekV3Config(
         num_hidden_layers=2,
         first_k_dense_replace=1,
