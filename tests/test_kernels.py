@@ -206,6 +206,27 @@ def test_nll_loss() -> None:
     assert ops.nll_loss(logp, torch.full((7,), -100), -100)[1] == 0
 
 
+def test_grouped_mm() -> None:
+    """Against one product per group; in blocks of groups and of rows; an empty group, and a row that is in none."""
+    torch.manual_seed(0)
+    x, w, ends = torch.randn(9, 4, requires_grad=True), torch.randn(4, 4, 5, requires_grad=True), torch.tensor([3, 3, 7, 8])
+    expected = torch.cat([x[:3] @ w[0], x[3:7] @ w[2], x[7:8] @ w[3], torch.zeros(1, 5)])
+    close(ops.grouped_mm(x, w, ends, 0, 0), expected)
+    grad = torch.randn(9, 5)
+    mine = torch.autograd.grad(ops.grouped_mm(x, w, ends.int(), 0, 0), (x, w), grad)
+    for one, other in zip(mine, torch.autograd.grad(expected, (x, w), grad), strict=True):
+        close(one, other)
+    for cut in range(1, 4):
+        close(ops.grouped_mm(x, w[:cut], ends, 0, 0) + ops.grouped_mm(x, w[cut:], ends, cut, 0), expected)
+        close(ops.grouped_mm_backward(x, grad, ends, 4 - cut, cut, 0), mine[1][cut:])
+    for cut in range(1, 9):
+        close(torch.cat([ops.grouped_mm(x[:cut], w, ends, 0, 0), ops.grouped_mm(x[cut:], w, ends, 0, cut)]), expected)
+        halves = ((slice(None, cut), 0), (slice(cut, None), cut))
+        close(sum(ops.grouped_mm_backward(x[s], grad[s], ends, 4, 0, row) for s, row in halves), mine[1])
+    torch.library.opcheck(ops.grouped_mm.default, (x, w, ends, 0, 0))
+    torch.library.opcheck(ops.grouped_mm_backward.default, (x.detach(), grad, ends, 2, 1, 0))
+
+
 def test_direct_is_the_op() -> None:
     """What callers may use in place of the dispatcher computes the same, and every op of the namespace is there."""
     names = """attention attention_backward dropout embedding embedding_backward grouped_mm grouped_mm_backward nll_loss
