@@ -37,7 +37,21 @@ INTEGER = [
     "bitwise_not",
     "bitwise_left_shift.Tensor",
     "bitwise_right_shift.Tensor",
+    "bitwise_and.Scalar_Tensor",
+    "bitwise_or.Scalar_Tensor",
+    "bitwise_xor.Scalar_Tensor",
+    "bitwise_left_shift.Tensor_Scalar",
+    "bitwise_left_shift.Scalar_Tensor",
+    "bitwise_right_shift.Tensor_Scalar",
+    "bitwise_right_shift.Scalar_Tensor",
+    "__lshift__.Tensor",
+    "__lshift__.Scalar",
+    "__rshift__.Tensor",
+    "__rshift__.Scalar",
+    "gcd",
+    "lcm",
 ]
+COMPLEX = ["_conj", "conj_physical", "_conj_physical", "angle"]
 LOGICAL = ["logical_and", "logical_or", "logical_xor", "logical_not"]
 COMPARED = ["eq", "ne", "lt", "le", "gt", "ge"]
 PLAIN_ONLY = [
@@ -75,6 +89,9 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "bitwise_and.Scalar": {"other": 3},
     "bitwise_or.Scalar": {"other": 3},
     "bitwise_xor.Scalar": {"other": 3},
+    **{name: {"other": 2} for name in ("__lshift__.Scalar", "__rshift__.Scalar")},
+    **{f"bitwise_{side}_shift.Tensor_Scalar": {"other": 2} for side in ("left", "right")},
+    **{f"bitwise_{name}.Scalar_Tensor": {"self": 5} for name in ("and", "or", "xor", "left_shift", "right_shift")},
     "clamp.Tensor": {"min": P(6), "max": P(6) + 1},
 }
 
@@ -86,6 +103,8 @@ def _tensor(short: str, argument: str, shape: tuple[int, ...]) -> torch.Tensor:
         return P(*shape) + (1.0 if short == "acosh" else 0.0)
     if short in INTEGER:
         return I(8, *shape)
+    if short in COMPLEX:
+        return torch.complex(F(*shape), F(*shape))
     if short in LOGICAL:
         return B(*shape)
     if short.split(".")[0] in COMPARED:
@@ -117,7 +136,7 @@ def elementwise() -> Iterator[Case]:
                     continue
                 else:
                     value = {"int": 1, "List[int]": [4], "bool": False, "float": 0.7}.get(str(argument.type), 0.7)
-                if argument.kwarg_only or argument.name in NUMBERS.get(short, {}):
+                if argument.kwarg_only or (argument.name in NUMBERS.get(short, {}) and argument.name != "self"):
                     kwargs[argument.name] = value
                 else:
                     args.append(value)

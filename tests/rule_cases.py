@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from case_kit import GENERATOR, A, B, Case, F, I, K, P
 from elementwise_cases import elementwise
+from library_cases import library
 
 
 @functools.cache
@@ -30,7 +31,7 @@ def _pool(shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
 def _attention(shape: tuple[int, ...], kv: int, t: int, causal: bool, p: float, mask: torch.Tensor | None = None) -> tuple[Case, Case]:
     b, h, _, d = shape
     q, k, v = F(*shape), F(b, kv, t, d), F(b, kv, t, d)
-    rest = (mask, torch.tensor(11) if p else None, causal, d**-0.5, p, 3, 0, 0, h)
+    rest = (mask, torch.tensor(11) if p else None, causal, d**-0.5, p, 3, 0, 0, h, 0, shape[2])
     out, lse = K.attention(q, k, v, *rest)
     return (
         ("autopar.attention.default", (q, k, v, *rest), {}),
@@ -92,6 +93,9 @@ def _listed() -> Iterator[Case]:
         ((4, 4, 3, 4), 2, 3, True, 0.3),
         ((5, 6, 4, 4), 1, 4, False, 0.3),
         ((1, 5, 4, 4), 5, 4, False, 0.3),
+        ((2, 4, 7, 4), 2, 7, True, 0.0),
+        ((2, 2, 7, 4), 2, 4, True, 0.0),
+        ((2, 2, 5, 4), 2, 9, True, 0.3),
     ):
         yield from _attention(*case)
     for mask in (B(3, 1, 5, 7) | (torch.arange(7) == 0), F(5, 7), F(3, 6, 1, 7)):
@@ -314,4 +318,4 @@ def _indexing() -> Iterator[Case]:
         yield "aten.scatter.value", (x, 1, wide, 2.5), {}
 
 
-CASES: tuple[Case, ...] = (*elementwise(), *_listed())
+CASES: tuple[Case, ...] = (*elementwise(), *_listed(), *library())

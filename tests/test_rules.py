@@ -52,7 +52,7 @@ def test_row(name):
 
 
 def _some_cuts(rule: Rule) -> dict[str, tuple[int, ...]]:
-    stiff = set(rule.fixed) | {word for _, what in rule.adjust if what.startswith("start:") for word in what[6:].split("*")}
+    stiff = rule.fixed | rule.run_letters
     inner = {4: (2,), 6: (3,), 8: (2, 4), 12: (2, 6), 24: (4,)}
     return {letter: inner[n] for letter, n in rule.sizes.items() if n in inner and letter not in stiff}
 
@@ -98,7 +98,7 @@ EXPECTED = {
     "autopar.pick.default": "*n c, n -> n",
     "autopar.cross_entropy_backward.default": "*n, n c, n, n -> n c",
     "autopar.dropout.default": "*d0 d1 d2,  -> d0 d1 d2",
-    "autopar.attention.default": "b g s! d!, b g t! d!, b g t! e! -> b g s! e!, b g s!",
+    "autopar.attention.default": "b g s d!, b g t! d!, b g t! e! -> b g s e!, b g s",
 }
 
 
@@ -110,14 +110,16 @@ def test_what_main_rows_say(name):
 def test_attention_rules():
     def pattern(kv, causal, p, heads=6):
         q, k = F(3, heads, 5, 4), F(3, kv, 7, 4)
-        args = (q, k, k, None, torch.tensor(1) if p else None, causal, 0.5, p, 0, 0, 0, heads)
+        args = (q, k, k, None, torch.tensor(1) if p else None, causal, 0.5, p, 0, 0, 0, heads, 0, 5)
         return rule_of(make(("autopar.attention.default", args, {})))
 
     assert str(pattern(2, False, 0.0)) == "b (g r) s d!, b g t! d!, b g t! e! -> b (g r) s e!, b (g r) s"
-    assert str(pattern(2, True, 0.0)).startswith("b (g r) s! d!")
+    assert pattern(2, False, 0.0).adjust == ()  # nothing depends on where a row stands: the letter may be refined
+    assert str(pattern(2, True, 0.0)).startswith("b (g r) s d!")
+    assert dict(pattern(2, True, 0.0).adjust) == {12: "start:s"}
     dropped = pattern(2, False, 0.5)
-    assert str(dropped).startswith("b (g r!) s! d!, b g t! d!")
-    assert dict(dropped.adjust) == {9: "start:b", 10: "start:g*3"}
+    assert str(dropped).startswith("b (g r!) s d!, b g t! d!")
+    assert dict(dropped.adjust) == {9: "start:b", 10: "start:g*3", 12: "start:s"}
     assert dict(pattern(1, False, 0.5).adjust)[10] == "start:r"
 
 
@@ -216,13 +218,13 @@ WRONG = {
     ),
     "attention over split keys": (
         "autopar.attention.default",
-        (F(2, 2, 4, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, False, 0.5, 0.0, 0, 0, 0, 2),
+        (F(2, 2, 4, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, False, 0.5, 0.0, 0, 0, 0, 2, 0, 4),
         {},
         "b h s d!, b h t d!, b h t d! -> b h s d!, b h s",
     ),
     "causal attention of split rows": (
         "autopar.attention.default",
-        (F(2, 2, 6, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, True, 0.5, 0.0, 0, 0, 0, 2),
+        (F(2, 2, 6, 4), F(2, 2, 6, 4), F(2, 2, 6, 4), None, None, True, 0.5, 0.0, 0, 0, 0, 2, 0, 6),
         {},
         "b h s d!, b h t! d!, b h t! d! -> b h s d!, b h s",
     ),
@@ -330,7 +332,7 @@ def _block(g, x, b, s, h, d, kernel=False):
     q, k, v = (
         g.call(A.permute.default, g.call(A.view.default, g.call(operator.getitem, pieces, i), [b, s, h, d]), [0, 2, 1, 3]) for i in range(3)
     )
-    mixed = g.call(operator.getitem, g.call(K.attention.default, q, k, v, None, None, True, 0.5, 0.0, 0, 0, 0, h), 0)
+    mixed = g.call(operator.getitem, g.call(K.attention.default, q, k, v, None, None, True, 0.5, 0.0, 0, 0, 0, h, 0, s), 0)
     joined = g.call(A.view.default, g.call(A.permute.default, mixed, [0, 2, 1, 3]), [b * s, e])
     out = g.call(A.view.default, g.call(A.addmm.default, g.input(e), joined, g.input(e, e)), [b, s, e])
     return g.call(A.add.Tensor, x, out)
@@ -348,7 +350,7 @@ def test_letters_of_an_attention_block():
     split = rules["split_tensor"]
     assert str(split) == "+a b (c! n.0 n.1) -> a b (n.0 n.1), a b (n.0 n.1), a b (n.0 n.1)"
     assert split.adjust == ((1, "size:n.0*n.1"),)
-    assert str(rules["attention_default"]) == "b g s! d!, b g t! d!, b g t! e! -> b g s! e!, b g s!"
+    assert str(rules["attention_default"]) == "b g s d!, b g t! d!, b g t! e! -> b g s e!, b g s"
     assert str(rules["add_tensor"]) == "+a b c, +a b c -> a b c"
 
 

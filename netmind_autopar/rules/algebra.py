@@ -62,7 +62,8 @@ class Rule:
     reduce:  what a vanished letter is reduced with.
     adjust:  how the call's non-tensor arguments follow the local shapes: pairs (argument position or keyword, what), where
              what is "shape", "parts", "starts" or "lengths" (of the local output 0), "size:a*b*3" (local sizes of letters and
-             numbers, multiplied) or "start:a*3" (where the local piece of a letter begins, times a number).
+             numbers, multiplied), "start:a*3" (where the local piece of a letter begins, times a number) or "list:size:a;start:b"
+             (a list, element by element).
     """
 
     inputs: tuple[Term, ...]
@@ -79,6 +80,12 @@ class Rule:
         terms = [*self.inputs, *(t for t in self.outputs if t)]
         seen = dict.fromkeys(letter for t in terms for dim in t.dims for letter in dim)
         return tuple(letter for letter in seen if letter not in self.fixed and self.sizes[letter] > 1)
+
+    @functools.cached_property
+    def run_letters(self) -> frozenset[str]:
+        """Letters whose local piece must be one run of the dim: an argument says where it begins."""
+        whats = (what for _, adjusted in self.adjust for what in adjusted.removeprefix("list:").split(";"))
+        return frozenset(x for what in whats if what.startswith("start:") for x in what[6:].split("*")) & frozenset(self.sizes)
 
     @functools.cached_property
     def symbols(self) -> tuple[str, ...]:
@@ -231,7 +238,7 @@ def bind(
 ) -> Rule:
     """A Rule from a pattern and the shapes of one call.
 
-    `...` stands for as many leading dims as the shapes have, equal in all terms. `sizes` gives what shapes cannot tell: the
+    `...` stands for as many dims as the shapes have, broadcast in all terms. `sizes` gives what shapes cannot tell: the
     letters of groups, all but one of each. Raises ValueError when pattern and shapes disagree.
     """
     ins, outs, fixed, reduce = parse(pattern)
@@ -241,7 +248,7 @@ def bind(
     terms: list[Term | None] = [*ins, *outs]
     if len(terms) != len(shapes):
         raise ValueError(f"the rule {pattern!r} has {len(ins)} inputs and {len(outs)} outputs, the call {len(inputs)} and {len(outputs)}")
-    terms = [_expand(t, len(s)) if t is not None and s is not None else None for t, s in zip(terms, shapes, strict=True)]
+    terms = _expanded(terms, shapes, pattern)
     known = dict(sizes or {})
     dims: list[tuple[tuple[str, ...], int]] = []
     for term, shape in zip(terms, shapes, strict=True):
@@ -257,12 +264,28 @@ def bind(
     )
 
 
-def _expand(term: Term, rank: int) -> Term:
-    if ("...",) not in term.dims:
-        return term
-    at = term.dims.index(("...",))
-    extra = tuple((f"d{i}",) for i in range(rank - len(term.dims) + 1))
-    return Term(term.dims[:at] + extra + term.dims[at + 1 :], term.mark)
+def _expanded(terms: Sequence[Term | None], shapes: Sequence[Sequence[int] | None], pattern: str) -> list[Term | None]:
+    """The terms with letters d0, d1, … for `...`, right-aligned; a dim of size 1 that others have larger gets none."""
+    spans: list[tuple[int, ...] | None] = []
+    for term, shape in zip(terms, shapes, strict=True):
+        at = term.dims.index(("...",)) if term is not None and ("...",) in term.dims else -1
+        found = None if at < 0 or shape is None or term is None else tuple(shape[at : at + len(shape) - len(term.dims) + 1])
+        spans.append(found)
+    try:
+        lead = torch.broadcast_shapes(*(s for s in spans if s is not None))
+    except RuntimeError:
+        raise ValueError(f"dims of the rule {pattern!r} cannot be broadcast: {spans}") from None
+    out: list[Term | None] = []
+    for term, shape, span in zip(terms, shapes, spans, strict=True):
+        if term is None or shape is None:
+            out.append(None)
+        elif span is None:
+            out.append(term)
+        else:
+            at, skip = term.dims.index(("...",)), len(lead) - len(span)
+            extra = tuple((f"d{skip + i}",) if n == lead[skip + i] else () for i, n in enumerate(span))
+            out.append(Term(term.dims[:at] + extra + term.dims[at + 1 :], term.mark))
+    return out
 
 
 def _learn(dims: Sequence[tuple[tuple[str, ...], int]], known: dict[str, int], pattern: str) -> None:

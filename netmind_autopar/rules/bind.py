@@ -55,7 +55,7 @@ class _Row:
 
 
 def _rows(rule: Rule) -> tuple[_Row, ...]:
-    stiff = rule.fixed | _run_letters(rule)
+    stiff = rule.fixed | rule.run_letters
     rows: list[_Row] = []
     slots = [*enumerate(rule.inputs), *((~i, t) for i, t in enumerate(rule.outputs) if t is not None)]
     for slot, term in slots:
@@ -70,12 +70,6 @@ def _rows(rule: Rule) -> tuple[_Row, ...]:
             if letters or len(dim) > 1:
                 rows.append(_Row(slot, d, tuple(letters), tuple(sorted({b for b in bounds[:-1] if 1 < b < stride}))))
     return tuple(rows)
-
-
-def _run_letters(rule: Rule) -> frozenset[str]:
-    """Letters whose local piece must be one run of the dim."""
-    words = [word for _, what in rule.adjust if what.startswith("start:") for word in what[6:].split("*")]
-    return frozenset(words) & set(rule.sizes)
 
 
 def _with(chain: Cuts, cut: int) -> Cuts:
@@ -180,6 +174,8 @@ def _refined(key: _Key, cuts: tuple[tuple[str, Cuts], ...]) -> Rule:
         return Term(tuple(tuple(name for letter in dim for name in pieces[letter]) for dim in old.dims), old.mark)
 
     def what(old: str) -> str:
+        if old.startswith("list:"):
+            return "list:" + ";".join(what(w) for w in old[5:].split(";"))
         kind, colon, product = old.partition(":")
         return kind + colon + "*".join(name for word in product.split("*") for name in pieces.get(word, (word,)))
 

@@ -84,14 +84,26 @@ def _combines(call: Call) -> bool:
 def along(call: Call, *marks: str) -> Rule:
     """An op along `dim`: that dim is never split, it may have another size in the outputs; all other dims are independent."""
     sketch = Sketch(call)
-    shape = call.shapes[0]
+    shape = call.shapes[0] if len(call.shapes) == 1 else tuple(torch.broadcast_shapes(*call.shapes))
     dims = {call["dim"] % len(shape)} if shape else set()
     full = sketch.dims(shape, dims)
-    inputs = [full, *(aligned(s, full, shape) for s in call.shapes[1:])]
+    inputs = [aligned(s, full, shape) for s in call.shapes]
     outputs = []
     for result in call.results:
         outputs.append([sketch.letter(n, fixed=True) if d in dims and n != shape[d] else full[d] for d, n in enumerate(result or ())])
     return sketch.rule(inputs, outputs, [*marks, *["_"] * (len(inputs) - len(marks))] if marks else "")
+
+
+def halves(call: Call, *marks: str) -> Rule:
+    """glu and its backward: the dim is (half!, element), and elements split."""
+    sketch = Sketch(call)
+    whole = call["self"].shape
+    dim = call["dim"] % len(whole)
+    full = sketch.dims([1 if d == dim else n for d, n in enumerate(whole)])
+    half, element = sketch.letter(2, fixed=True), sketch.letter(whole[dim] // 2)
+    both, one = list(full), list(full)
+    both[dim], one[dim] = (*half, *element), element
+    return sketch.rule([one, both], [both], ["*", "_"]) if marks else sketch.rule([both], [one])
 
 
 def along_dims(call: Call, *marks: str) -> Rule:
@@ -212,16 +224,17 @@ def embedding_backward(call: Call) -> Rule:
 
 
 def attention(call: Call, direction: str) -> Rule:
-    """Batch, key-value heads g, query heads per key-value head r, and query rows where no row depends on its number.
+    """Batch, key-value heads g, query heads per key-value head r, and query rows s, for which keys and values are whole.
 
-    With dropout the op counts elements from (b_start, h_start), so only letters whose pieces are one run of heads split.
+    A causal row sees what comes before it, so a block of rows must know where it starts. With dropout the op counts elements from
+    (b_start, h_start, s_start), so only letters whose pieces are one run of heads split.
     """
     sketch = Sketch(call)
     q, k, v, p = call["q"], call["k"], call["v"], call["p"]
     drops, kv = p > 0, k.shape[1]
     b, g = sketch.letter(q.shape[0], name="b"), sketch.letter(kv, name="g")
     r = sketch.letter(q.shape[1] // kv, fixed=drops and kv > 1, name="r")
-    s = sketch.letter(q.shape[2], fixed=drops or call["causal"], name="s")
+    s = sketch.letter(q.shape[2], name="s")
     t, d, e = (sketch.letter(n, fixed=True, name=name) for n, name in ((k.shape[2], "t"), (q.shape[3], "d"), (v.shape[3], "e")))
     heads = (*g, *r)
     qs, ks, vs, out, lse = [b, heads, s, d], [b, g, t, d], [b, g, t, e], [b, heads, s, e], [b, heads, s]
@@ -233,6 +246,8 @@ def attention(call: Call, direction: str) -> Rule:
         times = f"*{q.shape[1] // kv}" if r else ""
         sketch.follow("b_start", "start:" + b[0] if b else "size:0")
         sketch.follow("h_start", f"start:{g[0]}{times}" if g else f"start:{r[0]}" if r else "size:0")
+    if (drops or call["causal"]) and s:
+        sketch.follow("s_start", f"start:{s[0]}")
     return sketch.rule([kinds[name] for name in names], [out, lse] if direction == "forward" else [qs, ks, vs])
 
 

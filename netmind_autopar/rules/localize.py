@@ -28,14 +28,22 @@ def localize_args(
     new_args, new_kwargs = list(args), dict(kwargs)
     for place, what in rule.adjust:
         old = new_args[place] if isinstance(place, int) else new_kwargs.get(place)
-        value = _value(what, old, rule, strategy, out_spec)
-        if isinstance(value, Local):
-            value = value.folded(sizes) if coord is None else value.at(sizes, coord)
+        if what.startswith("list:"):
+            each = [_value(w, 0, rule, strategy, out_spec) for w in what[5:].split(";")]
+            value: Any = [_bound(v, sizes, coord) for v in each]
+        else:
+            value = _bound(_value(what, old, rule, strategy, out_spec), sizes, coord)
         if isinstance(place, int):
             new_args[place] = value
         else:
             new_kwargs[place] = value
     return tuple(new_args), new_kwargs
+
+
+def _bound(value: Local | list[int], sizes: tuple[int, ...], coord: tuple[int, ...] | None) -> Any:
+    if not isinstance(value, Local):
+        return value
+    return value.folded(sizes) if coord is None else value.at(sizes, coord)
 
 
 def _value(what: str, old: Any, rule: Rule, strategy: Strategy, out_spec: Spec | None) -> Local | list[int]:

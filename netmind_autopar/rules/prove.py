@@ -33,7 +33,8 @@ TOLERANCE = {
 }
 
 # Ops whose results are whatever was in memory: only shapes are compared.
-GARBAGE = {f"aten.{op}" for op in ("empty.memory_format", "empty_like.default", "new_empty.default")}
+GARBAGE = {f"aten.{op}.default" for op in ("empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")}
+GARBAGE.add("aten.empty.memory_format")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rules computed from a call, for ops that move elements: views, permutations, cuts, joins, padding, indexing."""
+"""Rules computed from a call, for ops that move elements: views, permutations, cuts, joins, padding."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import torch
-
 from .algebra import Rule
 from .call import Call
-from .compute import fixed
 from .sketch import Dim, Sketch, aligned
 
 
@@ -217,70 +214,9 @@ def pad(call: Call) -> Rule:
     return sketch.rule([full], [out], "+" if call["value"] == 0 else "")
 
 
-def index(call: Call) -> Rule:
-    """x[i, j, :]: indexed dims of x are whole, the indices' own dims split. Linear in x."""
+def retyped(call: Call) -> Rule:
+    """Bits read as another dtype: element by element when the size stays, else with the last dim whole."""
     sketch = Sketch(call)
-    x, places = call.shapes[0], _indexed(call)
-    indices = call.shapes[1:]
-    shape = torch.broadcast_shapes(*indices)
-    full = sketch.dims(x, places)
-    wide = sketch.dims(shape)
-    return sketch.rule([full, *(aligned(s, wide, shape) for s in indices)], [_placed(full, wide, places)], ["*", *["_"] * len(indices)])
-
-
-def index_put(call: Call) -> Rule:
-    """x with values at indices. When accumulated the indices' dims split: each device adds its own values to a term of x."""
-    sketch = Sketch(call)
-    places = _indexed(call)
-    x, *indices, values = call.shapes
-    shape = torch.broadcast_shapes(*indices)
-    full = sketch.dims(x, places)
-    wide = sketch.dims(shape, () if call["accumulate"] else range(len(shape)))
-    target = _placed(full, wide, places)
-    sizes = [sketch.sizes[dim[0]] if dim else 1 for dim in target]
-    terms = [full, *(aligned(s, wide, shape) for s in indices), aligned(values, target, sizes)]
-    return sketch.rule(terms, [full], ["+", *["_"] * (len(indices) + 1)] if call["accumulate"] else "")
-
-
-def _indexed(call: Call) -> list[int]:
-    """Positions of the indexed dims. Raises ValueError for masks, whose result has no static shape."""
-    given = call["indices"]
-    if any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in given):
-        raise ValueError("a mask as index")
-    return [d for d, i in enumerate(given) if i is not None]
-
-
-def _placed(full: list[Dim], wide: list[Dim], places: list[int]) -> list[Dim]:
-    """Dims of the result: the indices' dims stand where adjacent indexed dims were, in front when they are not adjacent."""
-    rest = [dim for d, dim in enumerate(full) if d not in places]
-    at = places[0] if places == list(range(places[0], places[0] + len(places))) else 0
-    return [*rest[:at], *wide, *rest[at:]]
-
-
-def along_index(call: Call, how: str) -> Rule:
-    """gather, scatter, scatter_add, index_select, index_add: the indexed dim of the table is whole.
-
-    how: "read" (an index splits freely), "add" (an index splits: the table is a sum of terms), "write" (the index is whole).
-    """
-    sketch = Sketch(call)
-    table, idx = call["self"].shape, call["index"].shape
-    result = call.results[0] or ()
-    dim = call["dim"] % len(table) if len(table) else 0
-    flat = len(idx) == 1 and call.op.startswith("aten.index_")
-    other = [idx[0] if d == dim else n for d, n in enumerate(table)] if flat else list(idx)
-    clash = [d for d in range(len(table)) if d != dim and table[d] != other[d]]
-    full = sketch.dims(table, [dim, *clash])
-    reach = [
-        sketch.letter(other[d], fixed=how == "write" or d in clash, name="k" if d == dim else "") if d == dim or d in clash else full[d]
-        for d in range(len(table))
-    ]
-    index_term = [reach[dim]] if flat else reach
-    sources = [reach] * (len(call.shapes) - 2)
-    if any(s != tuple(other) for s in call.shapes[2:]):
-        return fixed(call)
-    inputs = [full, index_term, *sources]
-    marks = {"read": ["*", "_"], "add": ["+", "_", *["_"] * len(sources)], "write": [""] * len(inputs)}[how]
-    if how == "read":
-        return sketch.rule(inputs, [reach], marks)
-    assert tuple(result) == tuple(table)
-    return sketch.rule(inputs, [full], marks)
+    shape, result = call.shapes[0], call.results[0] or ()
+    full = sketch.dims(shape, () if shape == result else [len(shape) - 1])
+    return sketch.rule([full], [full if shape == result else [*full[:-1], sketch.letter(result[-1], fixed=True)]])

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import UnknownOpError
-from . import compute, shapes
+from . import compute, indexing, library, linalg, shapes, spatial
 from .algebra import Rule, bind
 from .call import Call, call_of, signature
 from .sketch import linear_checked
@@ -127,10 +127,16 @@ TABLE: dict[str, str] = {
     "autopar.sum_exp.default": "n c, n -> n",
     "autopar.pick.default": "*n c, n -> n | start=start:c",
     "autopar.cross_entropy_backward.default": "*n, n c, n, n -> n c | start=start:c",
-    **{f"aten.{op if '.' in op else op + '.default'}": row for row, ops in _GROUPS.items() for op in ops.split()},
+    **{
+        f"aten.{op if '.' in op else op + '.default'}": row
+        for groups in (library.GROUPS, _GROUPS)
+        for row, ops in groups.items()
+        for op in ops.split()
+    },
 }
 
-_FUNCTIONS = {name: getattr(module, name) for module in (compute, shapes) for name in dir(module) if callable(getattr(module, name))}
+_MODULES = (compute, shapes, indexing, linalg, spatial)
+_FUNCTIONS = {name: getattr(module, name) for module in _MODULES for name in dir(module) if callable(getattr(module, name))}
 
 
 def rule_for(node: fx.Node) -> Rule:
