@@ -116,11 +116,11 @@ def _soft_cross_entropy(logp: Tensor, target: Tensor, weight: Tensor | None, red
 def reduced(op: Any, position: int) -> Callable[..., Tensor]:
     """An op with a `reduction` argument: element by element, then a sum and a division by the global count."""
 
-    def run(*args: Any) -> Tensor:
-        reduction = args[position] if len(args) > position else 1
+    def run(*args: Any, **options: Any) -> Tensor:
+        reduction = args[position] if len(args) > position else options.pop("reduction", 1)
+        out = op(*args[:position], 0, *args[position + 1 :], **options)
         if reduction == 0:
-            return op(*args)
-        out = op(*args[:position], 0, *args[position + 1 :])
+            return out
         return out.sum() / max(1, out.numel()) if reduction == 1 else out.sum()
 
     return run
