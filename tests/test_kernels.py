@@ -209,7 +209,8 @@ def test_nll_loss() -> None:
 def test_grouped_mm() -> None:
     """Against one product per group; in blocks of groups and of rows; an empty group, and a row that is in none."""
     torch.manual_seed(0)
-    x, w, ends = torch.randn(9, 4, requires_grad=True), torch.randn(4, 4, 5, requires_grad=True), torch.tensor([3, 3, 7, 8])
+    x, w = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.randn(4, 4, 5, dtype=torch.float64, requires_grad=True)
+    ends = torch.tensor([3, 3, 7, 8])
     expected = torch.cat([x[:3] @ w[0], x[3:7] @ w[2], x[7:8] @ w[3], torch.zeros(1, 5)])
     close(ops.grouped_mm(x, w, ends, 0, 0), expected)
     grad = torch.randn(9, 5)
