@@ -213,7 +213,7 @@ def test_grouped_mm() -> None:
     ends = torch.tensor([3, 3, 7, 8])
     expected = torch.cat([x[:3] @ w[0], x[3:7] @ w[2], x[7:8] @ w[3], torch.zeros(1, 5)])
     close(ops.grouped_mm(x, w, ends, 0, 0), expected)
-    grad = torch.randn(9, 5)
+    grad = torch.randn(9, 5, dtype=torch.float64)
     mine = torch.autograd.grad(ops.grouped_mm(x, w, ends.int(), 0, 0), (x, w), grad)
     for one, other in zip(mine, torch.autograd.grad(expected, (x, w), grad), strict=True):
         close(one, other)
