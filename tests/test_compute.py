@@ -91,7 +91,7 @@ def test_attention_flops() -> None:
     importlib.import_module("netmind_autopar.kernels.attention")  # registers the op
 
     def call(causal: bool) -> object:
-        return lambda q, k, v: torch.ops.autopar.attention(q, k, v, None, None, causal, 0.125, 0.0, 0, 0, 0, 8)[0]
+        return lambda q, k, v: torch.ops.autopar.attention(q, k, v, None, None, causal, 0.125, 0.0, 0, 0, 0, 8, 0, q.shape[2])[0]
 
     shapes = [(2, 8, 32, 16), (2, 4, 32, 16), (2, 4, 32, 16)]
     assert flops(capture(call(False), *shapes)) == 4 * 2 * 8 * 32 * 32 * 16

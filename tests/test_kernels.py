@@ -45,7 +45,7 @@ def test_attention(mask: str, kv_heads: int, s: int, t: int, e: int, causal: boo
     torch.manual_seed(0)
     q, k, v = heads(2, 4, s, 8), heads(2, kv_heads, t, 8), heads(2, kv_heads, t, e)
     given = a_mask(mask, s, t)
-    args = (q, k, v, given, None, causal, 0.3, 0.0, 0, 0, 0, 4)
+    args = (q, k, v, given, None, causal, 0.3, 0.0, 0, 0, 0, 4, 0, s)
     out, lse = ops.attention(*args)
     expected = F.scaled_dot_product_attention(q, k, v, given, 0.0, causal, scale=0.3, enable_gqa=kv_heads != 4)
     close(out, expected)
@@ -64,7 +64,7 @@ def test_attention_in_bfloat16_and_float32() -> None:
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
         q, k, v = (heads(2, 4, 16, 8, dtype) for _ in range(3))
-        out, lse = ops.attention(q, k, v, None, None, True, 0.3, 0.0, 0, 0, 0, 4)
+        out, lse = ops.attention(q, k, v, None, None, True, 0.3, 0.0, 0, 0, 0, 4, 0, 16)
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
         close(out, expected, tolerance)
         assert lse.dtype == torch.float32
@@ -78,7 +78,7 @@ def test_a_row_that_sees_nothing_is_zero(p: float) -> None:
     q, k, v = (heads(2, 4, 6, 8) for _ in range(3))
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     mask[0, :, 2] = False
-    out, lse = ops.attention(q, k, v, mask, torch.tensor(1), False, 0.3, p, 0, 0, 0, 4)
+    out, lse = ops.attention(q, k, v, mask, torch.tensor(1), False, 0.3, p, 0, 0, 0, 4, 0, 6)
     assert out.isfinite().all() and lse.isfinite().all() and (out[0, :, 2] == 0).all()
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(g.isfinite().all() for g in grads) and (grads[0][0, :, 2] == 0).all()
@@ -90,10 +90,10 @@ def test_attention_dropout_is_its_own_derivative() -> None:
     seed = torch.tensor(7)
 
     def run(*x: Tensor) -> Tensor:
-        return ops.attention(*x, None, seed, True, 0.5, 0.4, 3, 0, 0, 4)[0]
+        return ops.attention(*x, None, seed, True, 0.5, 0.4, 3, 0, 0, 4, 0, 5)[0]
 
     assert torch.autograd.gradcheck(run, (q, k, v))
-    torch.library.opcheck(ops.attention.default, (q, k, v, None, seed, True, 0.5, 0.4, 3, 0, 0, 4))
+    torch.library.opcheck(ops.attention.default, (q, k, v, None, seed, True, 0.5, 0.4, 3, 0, 0, 4, 0, 5))
 
 
 def test_attention_dropout_of_blocks() -> None:
@@ -101,19 +101,19 @@ def test_attention_dropout_of_blocks() -> None:
     torch.manual_seed(0)
     q, k, v = heads(4, 6, 5, 3).detach(), heads(4, 3, 5, 3).detach(), heads(4, 3, 5, 3).detach()
     seed = torch.tensor(11)
-    whole, _ = ops.attention(q, k, v, None, seed, True, 0.5, 0.5, 2, 0, 0, 6)
+    whole, _ = ops.attention(q, k, v, None, seed, True, 0.5, 0.5, 2, 0, 0, 6, 0, 5)
     for b, h in itertools.product(range(0, 4, 2), range(3)):
         part = (slice(b, b + 2), slice(2 * h, 2 * h + 2)), (slice(b, b + 2), slice(h, h + 1))
-        block, _ = ops.attention(q[part[0]], k[part[1]], v[part[1]], None, seed, True, 0.5, 0.5, 2, b, 2 * h, 6)
+        block, _ = ops.attention(q[part[0]], k[part[1]], v[part[1]], None, seed, True, 0.5, 0.5, 2, b, 2 * h, 6, 0, 5)
         close(block, whole[part[0]])
-    plain, _ = ops.attention(q, k, v, None, None, True, 0.5, 0.0, 0, 0, 0, 6)
+    plain, _ = ops.attention(q, k, v, None, None, True, 0.5, 0.0, 0, 0, 0, 6, 0, 5)
     assert not torch.allclose(whole, plain)
 
 
 def test_attention_with_a_learned_mask_is_refused() -> None:
     q, k, v = (heads(1, 2, 3, 4) for _ in range(3))
     with pytest.raises(NotImplementedError):
-        ops.attention(q, k, v, torch.zeros(3, 3, dtype=torch.float64, requires_grad=True), None, False, 0.5, 0.0, 0, 0, 0, 2)
+        ops.attention(q, k, v, torch.zeros(3, 3, dtype=torch.float64, requires_grad=True), None, False, 0.5, 0.0, 0, 0, 0, 2, 0, 3)
 
 
 def test_dropout_values_and_backward() -> None:
@@ -250,7 +250,7 @@ def test_attention_of_turned_operands(dtype: torch.dtype) -> None:
     dense = [torch.randn(2, 3, 5, 5, dtype=dtype) for _ in range(4)]
     turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in dense]
     assert all(x.stride(-1) != 1 for x in turned)
-    rest = (None, None, False, 0.4, 0.0, 0, 0, 0, 3)
+    rest = (None, None, False, 0.4, 0.0, 0, 0, 0, 3, 0, 5)
     results = []
     for q, k, v, grad in (dense, turned):
         out, lse = DIRECT[ops.attention.default](q, k, v, *rest)

@@ -211,6 +211,7 @@ class OpCost:
     operands: tuple[tuple[tuple[str, ...], int, int], ...]  # (letters, bytes per element, how the operand counts)
     matmul: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] | None = None  # letters of rows, columns, inner dim
     creates: bool = False
+    late: str = ""  # the letter of rows of which a later block has more to do
 
     def local_sizes(self, strategy: Strategy, axes: Sequence[Axis]) -> dict[str, int]:
         """Size of every letter on the fullest device."""
@@ -239,6 +240,8 @@ class OpCost:
         for letter, n in local.items():
             if n != self.sizes[letter]:
                 count *= n / self.sizes[letter]
+        if self.late:  # causal rows: the last block sees almost all keys, all rows together half of them
+            count *= 2.0 - local[self.late] / self.sizes[self.late]
         if self.matmul:
             for letters, tile in zip(self.matmul, reach.tile, strict=True):
                 n = math.prod(local[letter] for letter in letters)
@@ -277,8 +280,9 @@ def op_cost(node: fx.Node, rule: Rule) -> OpCost:
         operands = [o for o in operands if o[2] == 1]
     # the dtype of the first floating operand: a matmul's inputs, an attention's query
     dtype = next((v.dtype for v in (*taken, *made) if v is not None and v.dtype.is_floating_point), torch.float32)
+    late = "s" if kind == "attention" and "s" in rule.sizes and _argument(node, "causal", False) else ""
     return OpCost(
-        kind, flops(node), str(dtype).removeprefix("torch."), dict(rule.sizes), tuple(operands), _matmul_letters(name, rule), creates
+        kind, flops(node), str(dtype).removeprefix("torch."), dict(rule.sizes), tuple(operands), _matmul_letters(name, rule), creates, late
     )
 
 

@@ -98,7 +98,7 @@ def attention(
         out = _open_attention(q, k, v, attn_mask, dropout_p, scale, random, salt)
     else:
         seed, salt = (random.seed, salt) if dropout_p > 0 else (None, 0)
-        out = _own.attention.default(q, k, v, attn_mask, seed, is_causal, scale, float(dropout_p), salt, 0, 0, heads)[0]
+        out = _own.attention.default(q, k, v, attn_mask, seed, is_causal, scale, float(dropout_p), salt, 0, 0, heads, 0, q.shape[2])[0]
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[-3:])
 
 
