@@ -34,6 +34,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.calls: list[Callable[..., Any]] = []
+        self.inside = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -57,6 +58,13 @@ class Kept:
                     node.target, node.args = self.calls[node.args[1]], node.args[:1]
 
     def _apply(self, apply: Callable[..., Any], cls: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch_private.is_transforming() and not cls.__module__.startswith(_TRANSPARENT):
+            raise CaptureError(
+                f"{cls.__name__} is called inside torch.func or vmap",
+                where=where_called(),
+                why="a gradient written by hand cannot be kept through a transform of the function",
+                try_="apply it outside, to the whole batch, or write it as a torch.library.custom_op with register_vmap",
+            )
         template, leaves = flatten((args, kwargs))
         tensors = [tensor for _, tensor in leaves]
         traced = [torch_private.traced_node(t) is not None for t in tensors]
@@ -83,7 +91,7 @@ class Kept:
         return outer[0]
 
     def _hook(self, hook: Callable[..., Any], tensor: Tensor, function: Callable[[Tensor], Tensor | None]) -> Any:
-        if torch_private.traced_node(tensor) is None:
+        if self.inside or torch_private.traced_node(tensor) is None:  # inside: once more, for a torch function mode
             return hook(tensor, function)
 
         def call(x: Tensor) -> None:
@@ -92,7 +100,8 @@ class Kept:
         call.__name__ = "register_hook"
         self.calls.append(call)
         torch_private.traced_call(_HOOK, tensor, len(self.calls) - 1, list)
-        return hook(tensor, function)
+        with mock.patch.object(self, "inside", True):
+            return hook(tensor, function)
 
 
 def _checkpoint(run: Callable[..., Any], args: tuple) -> Any:
@@ -119,7 +128,7 @@ def _no_gradients(*_: Any, **__: Any) -> Any:
         "forward computes gradients itself",
         where=where_called(),
         why="forward is captured before autograd, so that there is no gradient yet to be asked for",
-        try_="write the derivative as a formula, or take it with torch.func.grad or torch.func.vjp",
+        try_="write the derivative as a formula, or take it in forward mode, with torch.func.jvp",
     )
 
 

@@ -123,6 +123,11 @@ def traced_call(target: Any, inputs: Any, key: int, run: Callable[[], list[torch
     proxy_tensor.track_tensor_tree(results, node, constant=None, tracer=mode.tracer)
 
 
+def is_transforming() -> bool:
+    """Inside torch.func.grad, vmap and the like."""
+    return torch._C._are_functorch_transforms_active()
+
+
 @contextlib.contextmanager
 def no_modes() -> Iterator[None]:
     """Ordinary tensors and ordinary tracing, whatever modes the caller is inside of."""
