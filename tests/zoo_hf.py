@@ -13,7 +13,7 @@ import models
 import torch
 from torch import nn
 
-VOCAB, BATCH, SEQ = 97, 4, 8
+VOCAB, BATCH, SEQ = 97, 4, 9
 
 Batch = dict[str, torch.Tensor]
 Sample = tuple[nn.Module, Batch]
@@ -47,7 +47,7 @@ def _lm(make: Callable[[], nn.Module], dtype: torch.dtype, batch: int = BATCH, s
 
 def gpt2(dtype: torch.dtype) -> Sample:
     """Three heads of size 8 from one fused projection; the head is tied to the embedding."""
-    return models.gpt2(dtype, hidden=24, heads=3, vocab=VOCAB, batch=5)
+    return models.gpt2(dtype, hidden=24, heads=3, vocab=VOCAB, batch=5, seq=SEQ)
 
 
 def opt(dtype: torch.dtype) -> Sample:
@@ -115,7 +115,7 @@ def mistral(dtype: torch.dtype) -> Sample:
 
 def bert(dtype: torch.dtype) -> Sample:
     """Masked language modelling with dropout."""
-    model, batch = models.bert(dtype, 0.1, hidden=24, vocab=VOCAB, batch=5)
+    model, batch = models.bert(dtype, 0.1, hidden=24, vocab=VOCAB, batch=5, seq=SEQ)
     labels = batch["labels"].clone()
     labels[:, ::2] = -100
     return model, {**batch, "labels": labels}
@@ -187,7 +187,7 @@ def whisper(dtype: torch.dtype) -> Sample:
         begin_suppress_tokens=None,
     )
     model = models._build(lambda: WhisperForConditionalGeneration(config), dtype, "cpu")
-    return model, {"input_features": _floats(3, 8, 20, dtype=dtype), "labels": _ids(3, 8)}
+    return model, {"input_features": _floats(3, 8, 20, dtype=dtype), "labels": _ids(3, SEQ)}
 
 
 def clip(dtype: torch.dtype) -> Sample:

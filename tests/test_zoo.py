@@ -1,0 +1,143 @@
+"""Every model of the zoo: captured, planned, and exact in lockstep under random legal plans and solved ones.
+
+The quick tier runs two random plans a model, meshes in turn. The slow tier solves: real prices and random ones, every mesh, two dtypes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from random_plans import random_plan
+from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import ZOO
+
+from netmind_autopar.costs.device import make_mesh
+from netmind_autopar.ir.plan import Plan
+from netmind_autopar.ir.program import Program, op_name, values
+from netmind_autopar.passes.pipeline import lower
+from netmind_autopar.rules.algebra import Rule
+from netmind_autopar.rules.bind import bind_program
+from netmind_autopar.solver.solve import solve
+from netmind_autopar.tracer.capture import capture
+from netmind_autopar.tracer.hash import graph_hash
+from netmind_autopar.tracer.signature import flatten
+from netmind_autopar.verification import compare
+
+MESHES = ("a=4", "a=3", "a=2,b=2", "a=2,b=2,c=2")
+NAMES = sorted(ZOO)
+UNLIMITED = 1 << 60  # bytes
+MOST_REPLICATED = 0.01
+
+Captured = tuple[torch.nn.Module, Any, Program, dict[str, Rule]]
+
+
+@functools.cache
+def captured(name: str, dtype: torch.dtype) -> Captured:
+    entry = ZOO[name]
+    model, inputs = entry.make(dtype)
+    program = capture(model, inputs, **entry.options)
+    return model, inputs, program, bind_program(program)
+
+
+def check(name: str, dtype: torch.dtype, plan: Plan, **options: Any) -> None:
+    """The plan computes what the model does: every output, gradient and buffer."""
+    model, inputs, program, rules = captured(name, dtype)
+    report = compare(model, inputs, program, lower(program, rules, plan), plan, **options)
+    wrong = [f"{row.kind} {row.name} of step {row.step}: {row.error:.2g}" for row in report.rows if not row.error <= row.tolerance]
+    assert report.ok, f"{len(wrong)} of {len(report.rows)} differ: {'; '.join(wrong[:5])}; first: {report.first_difference}"
+    assert "output" in {row.kind for row in report.rows}
+
+
+QUICK = [(name, MESHES[(i + j) % len(MESHES)]) for i, name in enumerate(NAMES) for j in (0, 1)]
+
+
+@pytest.mark.parametrize(("name", "mesh"), QUICK, ids=["-".join(case) for case in QUICK])
+def test_random_plans_are_exact(name: str, mesh: str) -> None:
+    _, _, program, rules = captured(name, torch.float64)
+    check(name, torch.float64, random_plan(program, rules, mesh, seed=NAMES.index(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("random_costs", [None, 7], ids=["real", "random"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_solved_plans_are_exact(name: str, mesh: str, dtype: torch.dtype, random_costs: int | None) -> None:
+    _, _, program, rules = captured(name, dtype)
+    plan = solve(
+        program,
+        rules,
+        make_mesh(mesh, "h100-sxm"),
+        graph_hash=graph_hash(program),
+        memory_limit=UNLIMITED,
+        random_costs=random_costs,
+        time_limit=20.0,
+        gap=0.05,
+    )
+    check(name, dtype, plan, steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9))
+
+
+def test_few_nodes_are_replicated_for_lack_of_a_rule() -> None:
+    """At most 1% of the nodes of all models together."""
+    total, without = 0, Counter[str]()
+    for name in NAMES:
+        _, _, program, rules = captured(name, torch.float64)
+        total += len(rules)
+        without.update(f"{op_name(program.node(n))} in {name}" for n, rule in rules.items() if not rule.known)
+    listed = ", ".join(f"{op} ({count})" for op, count in without.most_common())
+    assert sum(without.values()) <= MOST_REPLICATED * total, f"{sum(without.values())} of {total} nodes have no rule: {listed}"
+
+
+class _Shapes(TorchDispatchMode):
+    """The shapes of all tensors that an eager step makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(t.shape) for _, t in flatten(result)[1] if isinstance(t, torch.Tensor)}
+        return result
+
+
+# name -> lengths of the sequences that attention compares
+LENGTHS = {
+    "gpt2": (9,),
+    "opt": (9,),
+    "llama": (10,),
+    "qwen3": (9,),
+    "mistral": (9,),
+    "bert": (9,),
+    "t5": (10, 7),
+    "vit": (17,),
+    "whisper": (10, 9),
+    "clip": (9, 10),
+    "mixtral_grouped": (9,),
+    "deepseek_v3": (9,),
+    "deepseek_v2": (9,),
+    "dit": (16,),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_no_square_of_the_sequence_that_eager_does_not_have(name: str) -> None:
+    model, inputs, program, _ = captured(name, torch.float64)
+    model.zero_grad(set_to_none=True)
+    with _Shapes() as eager:
+        model(**inputs)["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    squares = [(a, b) for a in LENGTHS[name] for b in LENGTHS[name]]
+    made = {tuple(v.shape): n.name for n in program.graph.nodes if n.op == "call_function" for v in values(n) if v is not None}
+    more = {shape: node for shape, node in made.items() if shape[-2:] in squares and not _covered(shape, eager.seen)}
+    assert not more, f"eager has no tensors of these shapes: {more}"
+
+
+def _covered(shape: tuple[int, ...], seen: set[tuple[int, ...]]) -> bool:
+    """Eager has a square that is as large, whatever its leading dims are called."""
+    size = torch.Size(shape).numel()
+    return any(len(other) > 1 and other[-2:] == shape[-2:] and torch.Size(other).numel() >= size for other in seen)
