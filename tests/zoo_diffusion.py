@@ -81,18 +81,17 @@ def dit(dtype: torch.dtype) -> Sample:
 
     def make() -> nn.Module:
         network = DiTTransformer2DModel(
-            num_attention_heads=3,
-            attention_head_dim=8,
-            in_channels=3,
-            num_layers=2,
-            sample_size=8,
-            patch_size=2,
-            num_embeds_ada_norm=11,
+            num_attention_heads=3, attention_head_dim=8, in_channels=3, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=11
         )
         return Denoiser(network)
 
     noisy, noise = (_floats(5, 3, 8, 8, dtype=dtype, seed=seed) for seed in (1, 2))
-    batch = {"noisy": noisy, "noise": noise, "timestep": torch.tensor([0, 5, 400, 500, 999]), "class_labels": torch.tensor([0, 7, 10, 3, 3])}
+    batch = {
+        "noisy": noisy,
+        "noise": noise,
+        "timestep": torch.tensor([0, 5, 400, 500, 999]),
+        "class_labels": torch.tensor([0, 7, 10, 3, 3]),
+    }
     return models._build(make, dtype, "cpu"), batch
 
 

@@ -8,6 +8,7 @@ matrix here; `ends` is always the global list. A row whose matrix is elsewhere g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -23,7 +24,7 @@ def _bounds(ends: Tensor, groups: int, rows: int, start: int, row: int) -> Tenso
 def _runs(bounds: Tensor) -> Iterator[tuple[int, slice]]:
     """(group, its rows) of groups that have rows. Waits for the device: the sizes are data."""
     edges = bounds.tolist()
-    return ((g, slice(a, b)) for g, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) if b > a)
+    return ((g, slice(a, b)) for g, (a, b) in enumerate(itertools.pairwise(edges)) if b > a)
 
 
 def _fused(x: Tensor, w: Tensor, ends: Tensor) -> bool:
