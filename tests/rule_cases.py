@@ -104,6 +104,7 @@ def _listed() -> Iterator[Case]:
     yield from _reductions()
     yield from _cuts()
     yield from _indexing()
+    yield from _blocks()
 
 
 def _norms() -> Iterator[Case]:
@@ -316,6 +317,41 @@ def _indexing() -> Iterator[Case]:
         wide = order.reshape(1, 4, 1).expand(n, 4, 3).contiguous()
         yield "aten.scatter.src", (x, 1, wide, F(n, 4, 3)), {}
         yield "aten.scatter.value", (x, 1, wide, 2.5), {}
+
+
+def _blocks() -> Iterator[Case]:
+    """The ops of our own that know where a block of the indexed dim begins; negative indices count from the global end."""
+    for n, m in ((4, 6), (5, 7)):
+        x = F(n, m, 3)
+        for indices in ([None, I(m, 4, 5) - m // 2], [I(n, 5, 1), I(m, 4)], [I(n, 6), None, I(3, 6)], [None, None, I(3, 4)]):
+            sizes = [0 if i is None else x.shape[d] for d, i in enumerate(indices)]
+            rest = ([0] * len(sizes), sizes)
+            values = torch.randn_like(A.index(x, indices))
+            yield "autopar.index.default", (x, indices, *rest), {}
+            yield "autopar.index_put.default", (x, indices, values, True, *rest), {}
+            yield "autopar.index_put.default", (x, indices, values[..., :1].contiguous(), True, *rest), {}
+        yield "autopar.index.default", (I(9, n, m), [None, I(m, 4)], [0, 0], [0, m]), {}
+        yield "autopar.index.default", (B(n, m), [None, I(m, 4)], [0, 0], [0, m]), {}
+        order = torch.randperm(m, generator=GENERATOR)[:4]
+        yield "autopar.index_put.default", (x, [None, order - m], F(n, 4, 3), False, [0, 0], [0, m]), {}
+        yield "autopar.index_put.default", (x, [I(1, 4), order], F(4, 3), False, [0, 0], [n, m]), {}
+        yield "autopar.index_put.default", (I(9, n, m), [None, order], I(9, n, 4), True, [0, 0], [0, m]), {}
+        yield "autopar.index_put.default", (B(n, m), [None, order], B(n, 4), False, [0, 0], [0, m]), {}
+        for shape in ((n, 4, 3), (n - 1, 4, 3), (n, 1, 3), (n, m, 2)):
+            index = I(m, *shape)
+            yield "autopar.gather.default", (x, 1, index, 0, m), {}
+            yield "autopar.scatter_add.default", (x, -2, index, F(*shape), 0, m), {}
+        yield "autopar.gather.default", (I(9, n, m), 0, I(n, 3, m), 0, n), {}
+        yield "autopar.scatter_add.default", (x, 1, I(m, n, 4, 3), F(n, m, 4), 0, m), {}
+        yield "autopar.scatter_add.default", (I(9, n, m), 1, I(m, n, 4), I(9, n, 4), 0, m), {}
+        wide = order.reshape(1, 4, 1).expand(n, 4, 3).contiguous()
+        yield "autopar.scatter.default", (x, 1, wide, F(n, 4, 3), 0.0, 0, m), {}
+        yield "autopar.scatter.default", (x, 1, wide, None, 2.5, 0, m), {}
+        yield "autopar.scatter.default", (B(n, m), 1, wide[..., 0].contiguous(), None, 1.0, 0, m), {}
+        bags = I(n, m + 3).sort().values
+        for scale in (None, F(m + 3)):
+            yield "autopar.embedding_bag.default", (F(8, m), I(8, m + 3), bags, scale, n, 0, 0), {}
+            yield "autopar.embedding_bag_backward.default", (F(n, m), I(8, m + 3), bags, scale, 8, 0, 0), {}
 
 
 CASES: tuple[Case, ...] = (*elementwise(), *_listed(), *library())

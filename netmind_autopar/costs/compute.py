@@ -75,7 +75,7 @@ CLASSES = {
     "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d linalg_vector_norm prod",
     "scattered": "embedding embedding_backward embedding_dense_backward index index_select index_put gather scatter scatter_add index_add "
     "nll_loss nll_loss_backward nll_loss_forward pick max_pool2d_with_indices_backward select_backward slice_backward "
-    "slice_scatter select_scatter upsample_nearest2d _embedding_bag",
+    "slice_scatter select_scatter upsample_nearest2d _embedding_bag embedding_bag embedding_bag_backward take searchsorted",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 
@@ -93,7 +93,8 @@ _CREATION = (
 CREATION = frozenset(_CREATION.split())
 TINY_BYTES = 4096
 # Position of the operand of which only as much is read as comes out.
-GATHERED = dict.fromkeys(["embedding", "_embedding_bag", "index", "index_select", "gather", "nll_loss", "nll_loss_forward", "pick"], 0)
+_GATHERED = "embedding _embedding_bag embedding_bag index index_select gather nll_loss nll_loss_forward pick"
+GATHERED = dict.fromkeys(_GATHERED.split(), 0)
 ATTENTION_BACKWARD = 2.5  # five matmuls instead of two: FlashAttention-2 (Dao, 2023), section 4.1
 
 
@@ -185,8 +186,6 @@ _FLOPS: dict[str, Callable[[fx.Node], float]] = {
     "mv": _matmul(0),
     "dot": _matmul(0),
     "_grouped_mm": _matmul(0),
-    "grouped_mm": _grouped,
-    "grouped_mm_backward": _grouped,
     "grouped_mm": _grouped,
     "grouped_mm_backward": _grouped,
     "addmm": _matmul(1),

@@ -3,8 +3,9 @@
 `DIRECT` maps each op to the plain function that computes it, for callers that need no dispatcher.
 """
 
-from . import attention, dropout, embedding, grouped, loss, nll
+from . import attention, bags, dropout, embedding, grouped, indexing, loss, nll, random
 
-DIRECT = {**attention.DIRECT, **dropout.DIRECT, **embedding.DIRECT, **grouped.DIRECT, **loss.DIRECT, **nll.DIRECT}
+_PARTS = (attention, bags, dropout, embedding, grouped, indexing, loss, nll, random)
+DIRECT = {op: call for part in _PARTS for op, call in part.DIRECT.items()}
 
 __all__ = ["DIRECT"]

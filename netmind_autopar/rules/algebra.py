@@ -73,6 +73,7 @@ class Rule:
     reduce: str = "sum"
     adjust: tuple[tuple[int | str, str], ...] = ()
     known: bool = True  # False: there was no rule for this op; it runs whole on every device
+    why: str = ""  # of an unknown one: why none was found
 
     @functools.cached_property
     def letters(self) -> tuple[str, ...]:

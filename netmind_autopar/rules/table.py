@@ -14,6 +14,7 @@ from ..ir.errors import UnknownOpError
 from . import compute, indexing, library, linalg, shapes, spatial
 from .algebra import Rule, bind
 from .call import Call, call_of, signature
+from .learnt import learnt
 from .sketch import linear_checked
 
 _GROUPS: dict[str, str] = {
@@ -117,7 +118,18 @@ TABLE: dict[str, str] = {
     "prims.iota.default": "fixed",
     "autopar.attention.default": "attention forward",
     "autopar.attention_backward.default": "attention backward",
+    **dict.fromkeys(
+        (f"autopar.{name}.default" for name in ("uniform", "normal", "exponential", "randint")),
+        " -> ... | shape=shape parts=parts starts=starts lengths=lengths",
+    ),
     "autopar.dropout.default": "*..., -> ... | parts=parts starts=starts lengths=lengths",
+    "autopar.index.default": "index",
+    "autopar.index_put.default": "index_put",
+    "autopar.gather.default": "along_index read",
+    "autopar.scatter_add.default": "along_index add",
+    "autopar.scatter.default": "along_index write",
+    "autopar.embedding_bag.default": "bags forward",
+    "autopar.embedding_bag_backward.default": "bags backward",
     "autopar.embedding.default": "*v d, ... -> ... d | start=start:v",
     "autopar.embedding_backward.default": "*... d, ... -> v d | rows=size:v start=start:v",
     "autopar.grouped_mm.default": "*s k, *e k n, x! -> s n | start=start:e row=start:s",
@@ -140,7 +152,8 @@ _FUNCTIONS = {name: getattr(module, name) for module in _MODULES for name in dir
 
 
 def rule_for(node: fx.Node) -> Rule:
-    """The rule of one graph node. An unlisted op, or a call that its row does not cover, runs whole: `known` is then False.
+    """The rule of one graph node. That of an unlisted op, or of a call that its row does not cover, is found by running it, or
+    nothing splits: `known` is then False.
 
     Raises UnknownOpError for an unlisted op that draws random numbers: devices that ran it whole would draw different ones.
     """
@@ -152,24 +165,21 @@ def rule_for(node: fx.Node) -> Rule:
             why="every device would draw its own, and the result would not be that of one device",
             try_="draw them outside of the model and pass them in as an input",
         )
-    return rule_of(call)
+    try:
+        return rule_of(call)
+    except UnknownOpError as error:  # it was seen to draw random numbers
+        raise UnknownOpError(error.what, where=node.meta.get("where", ""), why=error.why, try_=error.try_) from None
 
 
 def rule_of(call: Call) -> Rule:
     """The rule of one call."""
     row = TABLE.get(call.op)
     if row is None:
-        return unknown(call)
+        return learnt(call)
     try:
         return _pattern(row, call) if "->" in row else _FUNCTIONS[row.split()[0]](call, *row.split()[1:])
     except ValueError:
-        return unknown(call)
-
-
-def unknown(call: Call) -> Rule:
-    """Nothing splits: always correct."""
-    rule = compute.fixed(call)
-    return Rule(rule.inputs, rule.outputs, rule.sizes, rule.fixed, known=False)
+        return learnt(call)
 
 
 def _pattern(row: str, call: Call) -> Rule:
@@ -178,4 +188,4 @@ def _pattern(row: str, call: Call) -> Rule:
     return linear_checked(call, bind(pattern, call.shapes, call.results, adjust=adjust))
 
 
-__all__ = ["TABLE", "rule_for", "rule_of", "signature", "unknown"]
+__all__ = ["TABLE", "rule_for", "rule_of", "signature"]
