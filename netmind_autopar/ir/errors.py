@@ -47,6 +47,10 @@ class UnknownOpError(AutoparError):
     """No sharding rule for an operation, and `strict=True`."""
 
 
+class RuleError(AutoparError):
+    """A sharding rule given by hand is wrong, or cannot be proven."""
+
+
 class PlanError(AutoparError):
     """A plan file is damaged, or belongs to another graph or mesh."""
 

@@ -2,6 +2,8 @@
 
 AUTOPAR_DEBUG   0–4: 1 shows tracebacks and the plan, 2 costs, 3 what each pass changed, 4 the emitted code.
 AUTOPAR_DUMP    a folder: graphs, plans and emitted code are written there.
+AUTOPAR_CACHE   a folder for rules that were found; ~/.cache/netmind-autopar when unset, none when "off".
+AUTOPAR_DISCOVER   0: ops without a rule are never run to find one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,22 @@ def debug(level: int, text: str) -> None:
     """Write `text` to stderr when AUTOPAR_DEBUG is at least `level`."""
     if debug_level() >= level:
         print(text, file=sys.stderr, flush=True)
+
+
+def cache_folder() -> Path | None:
+    """The user's folder for what need not be computed again; None for no cache."""
+    given = os.environ.get("AUTOPAR_CACHE")
+    if given is not None:
+        return None if given.strip().lower() in ("", "0", "off", "none") else Path(given).expanduser()
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/netmind-autopar").expanduser()
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    return Path(base or "~/.cache").expanduser() / "netmind-autopar"
+
+
+def discovers() -> bool:
+    """False when ops without a rule must not be run to find one."""
+    return os.environ.get("AUTOPAR_DISCOVER", "1").strip().lower() not in ("0", "off", "no", "false")
 
 
 def dump(name: str, text: str) -> None:

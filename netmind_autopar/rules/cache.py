@@ -78,6 +78,8 @@ def read(data: Any) -> Found | None:
     pairs = isinstance(sizes, list) and isinstance(adjust, list) and all(isinstance(x, list) and len(x) == 2 for x in (*sizes, *adjust))
     if not pairs or not isinstance(pattern, str) or not isinstance(why, str):
         return None
-    if not all(isinstance(a, str) and type(n) is int for a, n in sizes) or not all(isinstance(a, str) and isinstance(b, str) for a, b in adjust):
+    if not all(isinstance(a, str) and type(n) is int for a, n in sizes) or not all(
+        isinstance(a, str) and isinstance(b, str) for a, b in adjust
+    ):
         return None
     return Found(pattern, tuple((a, n) for a, n in sizes), tuple((a, b) for a, b in adjust), why)

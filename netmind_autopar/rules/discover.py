@@ -10,18 +10,19 @@ The search is a function of the call alone: seeds are fixed, nothing depends on 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .algebra import LINEAR, NONE, Rule, Term, bind, strategies, vanishes
 from .call import Call
-from .prove import prove
+from .prove import Failure, prove
 from .search import Letter, Search, rule_from
-from .small import EVEN, KINDS, LARGER, ODD, Guarded, Maker, NotFound, elements, integers_of, makers, resized, sizes_of
+from .small import EVEN, KINDS, LARGER, ODD, Guarded, Maker, NotFound, alike, elements, integers_of, makers, resized, sizes_of, tensors_of
 
 FEW = ("normal", "spike")
 SMALL_ELEMENTS, TRUE_ELEMENTS, TRUE_SIZE = 1 << 17, 1 << 18, 1 << 16
@@ -52,27 +53,56 @@ class Found:
 
 def discover(call: Call) -> Found:
     """The rule of one call (fake tensors, the program's sizes). Never raises: what cannot be found is said in `why`."""
-    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        try:
+    try:
+        with _aside():
             return _discover(call)
-        except NotFound as reason:
-            return Found(why=reason.why, lasting=reason.lasting, draws=reason.draws)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            return Found(why=f"it fails on small calls: {_first_line(error)}", lasting=False)
+    except NotFound as reason:
+        return Found(why=reason.why, lasting=reason.lasting, draws=reason.draws)
+    except FAILURES as error:
+        return Found(why=f"it fails on small calls: {_first_line(error)}", lasting=False)
 
 
 def confirmed(found: Found, call: Call) -> bool:
     """A quick second look at a rule that was found earlier, by an op that may have changed since."""
-    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        try:
+    trials = [(ODD, ("twins", "spike"), (3,)), (EVEN, ("negative",), (2,))]
+    try:
+        with _aside():
             bench = Bench(call)
-            for pool, kind in ((EVEN, "negative"), (ODD, "twins"), (ODD, "spike")):
-                small = bench.maker(pool)
-                if (real := bench.real(small, kind)) and bench.failing(found.rule(real, small), real, (2,)):
-                    return False
-        except (NotFound, RuntimeError, ValueError, IndexError, TypeError):
-            return False
-        return True
+            return not any(_failures(bench, found, [(bench.maker(pool), kinds, (mesh,)) for pool, kinds, mesh in trials]))
+    except (NotFound, *FAILURES):
+        return False
+
+
+def counterexample(found: Found, call: Call) -> tuple[str, bool]:
+    """Why a rule given by hand is refused, "" when it is not; False when that is no counterexample: no trial could be run."""
+    try:
+        with _aside():
+            bench = Bench(call, found)
+            first = next(iter(_failures(bench, found, _trials(bench))), None)
+            return (f"{first[1]}, for shapes {', '.join(map(str, first[0].shapes))}", True) if first else ("", True)
+    except NotFound as reason:
+        return reason.why, False
+    except FAILURES as error:
+        return f"it fails on small calls: {_first_line(error)}", False
+
+
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """No autograd, the CPU as default device, and the random state as it was afterwards."""
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _failures(bench: Bench, found: Found, trials: Iterable[Trial]) -> Iterator[tuple[Call, Failure]]:
+    for small, kinds, meshes in trials:
+        for kind in kinds:
+            if (call := bench.real(small, kind)) is not None:
+                for mesh in meshes:
+                    for failure in bench.failing(found.rule(call, small), call, mesh):
+                        yield call, failure
 
 
 def _first_line(error: Exception) -> str:
@@ -82,8 +112,9 @@ def _first_line(error: Exception) -> str:
 class Bench:
     """Small calls of one op: the first way of choosing sizes, and the widest floating-point numbers, that the op accepts."""
 
-    def __init__(self, call: Call) -> None:
-        self.call, self.op = call, Guarded(call.target)
+    def __init__(self, call: Call, found: Found | None = None) -> None:
+        """found: a rule that the small calls must fit."""
+        self.call, self.op, self.found = call, Guarded(call.target), found
         if not call.tensors or len(call.tensors) + len(call.outputs) > MAX_OPERANDS or any(0 in s for s in call.shapes):
             raise NotFound("a call without tensors, with very many, or with empty ones")
         self.maker, self.dtype, self.first = self._choose()
@@ -104,6 +135,8 @@ class Bench:
             ]
             if not same_form:
                 why = "its fake (register_fake) gives other outputs than the op itself"
+            elif self.found is not None and not _fits(self.found, first, small):
+                why = "its rule does not fit small calls"
             elif dtype != torch.float64 or not _is_single(first):
                 return maker, dtype, first
         raise NotFound(why, lasting=False)
@@ -115,10 +148,17 @@ class Bench:
         except RuntimeError:
             return None
 
-    def failing(self, rule: Rule, call: Call, mesh: tuple[int, ...]) -> list[tuple[str, ...]]:
+    def failing(self, rule: Rule, call: Call, mesh: tuple[int, ...]) -> list[Failure]:
         """Strategies of the rule that are not exact for this call."""
         tried = [s for s in strategies(rule, mesh) if any(x != NONE for x in s)]
-        return [f.strategy for f in prove(rule, call, mesh, tried, closely=len(mesh) == 1)]
+        return prove(rule, call, mesh, tried, closely=len(mesh) == 1)
+
+
+def _fits(found: Found, call: Call, small: dict[int, int]) -> bool:
+    try:
+        return bool(found.rule(call, small))
+    except ValueError:
+        return False
 
 
 def _ranks(call: Call) -> list[int | None]:
@@ -139,6 +179,8 @@ def _discover(call: Call) -> Found:
     if not guess.rule(bench.first, small).symbols[1:]:
         raise NotFound("no split of it gives the same numbers")
     found = _proven(bench, guess)
+    if not alike(tensors_of(bench.op(*bench.first.args, **bench.first.kwargs)), bench.first.outputs):
+        raise NotFound("two runs on the same arguments differ")
     if len(found.rule(call).symbols) == 1:
         raise NotFound("no split of it gives the same numbers in all trials")
     return found
@@ -219,7 +261,10 @@ def _guess(search: Search, letters: list[Letter], openings: Openings) -> Found:
     return Found(str(rule), tuple(sizes.items()), tuple(adjust))
 
 
-def _trials(bench: Bench, found: Found) -> Iterable[tuple[dict[int, int], Sequence[str], Sequence[tuple[int, ...]]]]:
+Trial = tuple[dict[int, int], Sequence[str], Sequence[tuple[int, ...]]]  # sizes, kinds of numbers, meshes
+
+
+def _trials(bench: Bench) -> Iterator[Trial]:
     """Small sizes, kinds of numbers and meshes that a rule must stand."""
     call = bench.call
     for pool, mesh, other in ((EVEN, (2,), (3,)), (ODD, (3,), (2,))):
@@ -240,14 +285,14 @@ def _trials(bench: Bench, found: Found) -> Iterable[tuple[dict[int, int], Sequen
 
 def _proven(bench: Bench, found: Found) -> Found:
     """What is left of a guess after all trials."""
-    for small, kinds, meshes in _trials(bench, found):
+    for small, kinds, meshes in _trials(bench):
         for kind in kinds:
             call = bench.real(small, kind)
             for mesh in meshes if call is not None else ():
                 assert call is not None
                 rule = found.rule(call, small)
                 if failing := bench.failing(rule, call, mesh):
-                    found = replace(found, pattern=str(_without(rule, failing)))
+                    found = replace(found, pattern=str(_without(rule, [f.strategy for f in failing])))
     return found
 
 
