@@ -83,6 +83,13 @@ def _listed() -> Iterator[Case]:
         yield "autopar.sum_exp.default", (F(k, n), F(k)), {}
         yield "autopar.pick.default", (F(k, n), I(n + 1, k) - 1, 0), {}
         yield "autopar.cross_entropy_backward.default", (F(k), F(k, n), I(n, k), F(k), 0, 0.9, 0.01), {}
+        for name, a, b, dtype in (
+            ("uniform", -1.0, 2.0, torch.float32),
+            ("normal", 1.0, 2.0, torch.float64),
+            ("exponential", 1.5, 0.0, torch.bfloat16),
+            ("randint", -3, 9, torch.int64),
+        ):
+            yield f"autopar.{name}.default", (torch.tensor(6), a, b, 2, dtype, [m, k, n], [m, k, n], [0, 0, 0], [m, k, n]), {}
         yield "autopar.dropout.default", (F(m, k, n), torch.tensor(5), 0.4, 7, [m, k, n], [0, 0, 0], [m, k, n]), {}
     yield from _norms()
     yield from _losses()

@@ -1,5 +1,5 @@
-"""Random bits by counting: whether an element survives dropout depends on the seed, the op's salt and the element's position
-in the *global* tensor, never on how the tensor is split, in what order blocks are computed, or how often.
+"""Random bits by counting: what is drawn for an element depends on the seed, the op's salt and the element's position in the
+*global* tensor, never on how the tensor is split, in what order blocks are computed, or how often.
 
 The generator is a keyed 32-bit finalizer (the multiply-xorshift rounds of splitmix64 and "lowbias32", Chris Wellons,
 https://nullprogram.com/blog/2018/07/31/). Two 32-bit keys come from a full splitmix64 of (seed, salt, high half of the
@@ -9,7 +9,7 @@ index); the low half of the index is mixed with them. All arithmetic is torch in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -64,31 +64,52 @@ def _bases(parts: Sequence[int], starts: Sequence[int], lengths: Sequence[int], 
     return base.reshape(-1) + starts[-1]
 
 
+def words(
+    seed: torch.Tensor, salt: int, lanes: int, parts: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Random bits of a block of the global tensor, some rows at a time: the rows, and `lanes` int32 tensors [rows, last length] of
+    31 uniform bits. Lanes of one element, elements of one lane and salts are independent of one another.
+
+    seed: int64, 0-dim. `parts` are the global sizes (major first), the block is `lengths` elements from `starts` on in each; all three
+    have one entry or more. Rows are the elements of all parts but the last.
+    """
+    n = lengths[-1]
+    if not math.prod(lengths):
+        return
+    rows = _bases(parts, starts, lengths, seed.device)
+    last = sum((start + length - 1) * math.prod(parts[d + 1 :]) for d, (start, length) in enumerate(zip(starts, lengths, strict=True)))
+    step = max(1, _BLOCK // n) if seed.device.type == "cpu" else len(rows)
+    column = torch.arange(n, dtype=torch.int64, device=seed.device)
+    low_column = column.to(torch.int32)
+    keys = [_keys(seed, salt, lane << 32) for lane in range(lanes)]
+    for i in range(0, len(rows), step):
+        block, found = rows[i : i + step, None], []
+        for lane, (low, key) in enumerate(keys):
+            if last < 1 << 32:
+                x = (block.to(torch.int32) ^ 0) + low_column
+                x ^= low
+            else:
+                index = block + column
+                low, key = _keys(seed, salt, (index >> 32) + (lane << 32))
+                x = index.to(torch.int32) ^ low
+            found.append(_mix(x, key))
+        yield slice(i, i + step), found
+
+
+def block(parts: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The same block with at least one part, as `words` takes it."""
+    return tuple(parts) or (1,), tuple(starts) or (0,), tuple(lengths) or (1,)
+
+
 def keep_mask(seed: torch.Tensor, salt: int, p: float, parts: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
     """True where an element is kept, with probability 1 - p: bool, of shape `lengths`.
 
     seed: int64, 0-dim. `parts` are the global sizes (major first), the block is `lengths` elements from `starts` on in each.
     """
-    parts, starts, lengths = (tuple(v) or (fill,) for v, fill in ((parts, 1), (starts, 0), (lengths, 1)))
+    parts, starts, lengths = block(parts, starts, lengths)
     out = torch.empty(lengths, dtype=torch.bool, device=seed.device)
-    if not out.numel():
-        return out
     threshold = min(round(p * 2**31), 2**31 - 1)
-    rows = _bases(parts, starts, lengths, seed.device)
-    flat, n = out.view(-1, lengths[-1]), lengths[-1]
-    last = sum((start + length - 1) * math.prod(parts[d + 1 :]) for d, (start, length) in enumerate(zip(starts, lengths, strict=True)))
-    step = max(1, _BLOCK // n) if seed.device.type == "cpu" else len(rows)
-    column = torch.arange(n, dtype=torch.int64, device=seed.device)
-    low_column = column.to(torch.int32)
-    low, high = _keys(seed, salt, 0)
-    for i in range(0, len(rows), step):
-        block = rows[i : i + step, None]
-        if last < 1 << 32:
-            x, key = (block.to(torch.int32) ^ 0) + low_column, high
-            x ^= low
-        else:
-            index = block + column
-            low, key = _keys(seed, salt, index >> 32)
-            x = index.to(torch.int32) ^ low
-        torch.ge(_mix(x, key), threshold, out=flat[i : i + step])
+    flat = out.view(-1, lengths[-1]) if out.numel() else out
+    for rows, (bits,) in words(seed, salt, 1, parts, starts, lengths):
+        torch.ge(bits, threshold, out=flat[rows])
     return out

@@ -19,6 +19,8 @@ from torch import Tensor, fx
 
 from .. import kernels  # noqa: F401 - registers the namespace
 from ..ir.errors import CaptureError
+from . import draws, positions
+from .draws import dropped
 from .losses import cross_entropy, nll_loss, reduced
 
 _aten = torch.ops.aten
@@ -36,29 +38,9 @@ class Random:
         """Called as the first thing of every trace, with the traced seed."""
         self.seed = seed
 
-    def salt(self) -> int:
-        self.count += 1
-        return self.count - 1
-
-
-def _drop(x: Tensor, p: float, random: Random, salt: int) -> Tensor:
-    shape = list(x.shape)
-    return _own.dropout.default(x, random.seed, float(p), salt, shape, [0] * len(shape), shape)
-
-
-def dropout(x: Tensor, p: float, train: bool, *, random: Random, salt: int) -> Tensor:
-    return _drop(x, p, random, salt) if train and p > 0 else x
-
-
-def dropout_(x: Tensor, p: float, train: bool, *, random: Random, salt: int) -> Tensor:
-    return x.copy_(_drop(x, p, random, salt)) if train and p > 0 else x
-
-
-def feature_dropout(x: Tensor, p: float, train: bool, *, random: Random, salt: int) -> Tensor:
-    """Whole channels are dropped: dropout of ones [n, c, 1, ...], times x."""
-    if not train or p == 0:
-        return x
-    return x * _drop(x.new_ones(x.shape[:2] + (1,) * (x.dim() - 2)), p, random, salt)
+    def salt(self, many: int = 1) -> int:
+        self.count += many
+        return self.count - many
 
 
 def attention(
@@ -111,7 +93,7 @@ def _open_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, sca
     if times > 1:
         k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
     weights = torch.softmax(torch.matmul(q, k.transpose(-2, -1)) * scale + mask, -1)
-    return torch.matmul(_drop(weights, p, random, salt) if p > 0 else weights, v)
+    return torch.matmul(dropped(weights, p, random, salt) if p > 0 else weights, v)
 
 
 def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False) -> Tensor:
@@ -205,9 +187,6 @@ def grouped_mm(
 # op -> what to call instead. Functions that take `random` and `salt` draw random numbers.
 TABLE: dict[Any, Callable[..., Any]] = {
     _aten.scaled_dot_product_attention.default: attention,
-    _aten.dropout.default: dropout,
-    _aten.dropout_.default: dropout_,
-    _aten.feature_dropout.default: feature_dropout,
     _aten.embedding.default: embedding,
     _aten.cross_entropy_loss.default: cross_entropy,
     _aten.nll_loss_nd.default: nll_loss,
@@ -215,6 +194,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.nll_loss2d.default: nll_loss,
     _aten.batch_norm.default: batch_norm,
     _aten._grouped_mm.default: grouped_mm,
+    **positions.TABLE,
     _aten.mse_loss.default: reduced(_aten.mse_loss.default, 2),
     _aten.l1_loss.default: reduced(_aten.l1_loss.default, 2),
     _aten.smooth_l1_loss.default: reduced(_aten.smooth_l1_loss.default, 2),
@@ -222,10 +202,11 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.soft_margin_loss.default: reduced(_aten.soft_margin_loss.default, 2),
     _aten.kl_div.default: reduced(_aten.kl_div.default, 2),
     _aten.binary_cross_entropy.default: reduced(_aten.binary_cross_entropy.default, 3),
+    **draws.TABLE,
 }
 # Ops of other libraries, which need not be there.
 BY_NAME: dict[str, Callable[..., Any]] = {"transformers.grouped_mm_fallback.default": grouped_mm}
-_DRAWS = {attention, dropout, dropout_, feature_dropout}
+_DRAWS = {attention, *draws.TABLE.values()}
 
 
 def refuse_random(node: fx.Node, line: str | None) -> None:
@@ -246,9 +227,11 @@ def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
             if node.op != "call_function":
                 continue
             if own := TABLE.get(node.target) or BY_NAME.get(str(node.target)):
+                if own in _DRAWS:
+                    node.kwargs = {**node.kwargs, "random": random, "salt": random.salt(draws.width(node))}
+                if own in positions.PREPARE:
+                    positions.PREPARE[own](node)
                 node.target = own
-                if node.target in _DRAWS:
-                    node.kwargs = {**node.kwargs, "random": random, "salt": random.salt()}
             else:
                 refuse_random(node, node.meta.get("stack_trace"))
         if graph_module is not module:  # run from its graph, as the outer one is: its generated code knows nothing of this
@@ -295,4 +278,5 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.var.correction: _var,
     _aten.var_mean.correction: _var_mean,
     _aten.std.correction: _std,
+    **positions.DECOMPOSITIONS,
 }
