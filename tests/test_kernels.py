@@ -231,7 +231,7 @@ def test_grouped_mm() -> None:
 def test_direct_is_the_op() -> None:
     """What callers may use in place of the dispatcher computes the same, and every op of the namespace is there."""
     names = """attention attention_backward dropout embedding embedding_backward grouped_mm grouped_mm_backward nll_loss
-        nll_loss_backward sum_exp pick cross_entropy_backward"""
+        nll_loss_backward sum_exp pick cross_entropy_backward uniform normal exponential randint"""
     assert {op._schema.name.split("::")[1] for op in DIRECT} == set(names.split())
     x: dict[str, tuple[Any, ...]] = {
         "dropout": (torch.randn(4, 4), torch.tensor(1), 0.5, 0, [4, 4], [0, 0], [4, 4]),
@@ -258,3 +258,77 @@ def test_attention_of_turned_operands(dtype: torch.dtype) -> None:
         results.append((out, *DIRECT[ops.attention_backward.default](grad, q, k, v, given, lse, *rest)))
     for mine, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("s", "t", "kv_heads"), [(7, 7, 2), (7, 4, 4), (5, 9, 1), (6, 6, 4)])
+def test_attention_of_blocks_of_rows(s: int, t: int, kv_heads: int, causal: bool, p: float) -> None:
+    """Blocks of query rows give the rows of the whole; their dq are its rows, and their dk and dv add up to it."""
+    torch.manual_seed(0)
+    q, k, v = heads(2, 4, s, 8).detach(), heads(2, kv_heads, t, 8).detach(), heads(2, kv_heads, t, 8).detach()
+    grad, seed = torch.randn(2, 4, s, 8, dtype=torch.float64), torch.tensor(3) if p else None
+    rest = (None, seed, causal, 0.3, p, 5, 0, 0, 4)
+    out, lse = ops.attention(q, k, v, *rest, 0, s)
+    grads = ops.attention_backward(grad, q, k, v, out, lse, *rest, 0, s)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for start, end in ((0, 3), (3, 4), (4, s)):
+        rows = (slice(None), slice(None), slice(start, end))
+        part, part_lse = ops.attention(q[rows], k, v, *rest, start, s)
+        close(part, out[rows])
+        close(part_lse, lse[rows])
+        dq, *more = ops.attention_backward(grad[rows], q[rows], k, v, part, part_lse, *rest, start, s)
+        close(dq, grads[0][rows])
+        dk, dv = dk + more[0], dv + more[1]
+    close(dk, grads[1])
+    close(dv, grads[2])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_keys_that_no_row_sees_are_not_read(p: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = heads(1, 2, 4, 8).detach(), heads(1, 2, 12, 8).detach(), heads(1, 2, 12, 8).detach()
+    k[:, :, 8:], v[:, :, 8:] = float("nan"), float("nan")
+    rest = (None, torch.tensor(1), True, 0.3, p, 0, 0, 0, 2, 4, 12)
+    out, lse = ops.attention(q, k, v, *rest)
+    dq, dk, dv = ops.attention_backward(torch.ones_like(out), q, k, v, out, lse, *rest)
+    assert all(x.isfinite().all() for x in (out, lse, dq, dk, dv))
+    assert (dk[:, :, 8:] == 0).all() and (dv[:, :, 8:] == 0).all() and bool((dk[:, :, 7] != 0).all())
+
+
+def test_a_causal_block_makes_no_mask_and_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from netmind_autopar.kernels import attention as kernel
+
+    calls: list[tuple[int, bool, bool]] = []
+    fused = kernel._fused
+
+    def counted(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        calls.append((k.shape[2], causal, bias is None))
+        return fused(name, q, k, v, bias, causal, scale)
+
+    monkeypatch.setattr(kernel, "_fused", counted)
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 12, 8)
+    kernel.attention(q, k, k, None, None, True, 0.3, 0.0, 0, 0, 0, 2, 4, 12)
+    assert calls == [(4, False, True), (4, True, True)]
+
+
+def test_merged_blocks_in_low_precision() -> None:
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+        q, k, v = (heads(2, 4, 16, 8, dtype).detach() for _ in range(3))
+        truth = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=True, scale=0.3)
+        part, lse = ops.attention(q[:, :, 8:], k, v, None, None, True, 0.3, 0.0, 0, 0, 0, 4, 8, 16)
+        assert part.dtype == dtype and lse.dtype == torch.float32
+        close(part.double(), truth[:, :, 8:], tolerance)
+
+
+def test_a_masked_causal_block() -> None:
+    """A mask and causal at once: eager refuses it, the op does not."""
+    torch.manual_seed(0)
+    q, k, v = (heads(2, 4, 6, 8).detach() for _ in range(3))
+    mask = a_mask("bool", 6, 6)
+    both = mask & torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(q, k, v, both, scale=0.3)
+    for start, end in ((0, 3), (3, 6)):
+        part, _ = ops.attention(q[:, :, start:end], k, v, mask[:, :, start:end], None, True, 0.3, 0.0, 0, 0, 0, 4, start, 6)
+        close(part, expected[:, :, start:end])
