@@ -101,10 +101,7 @@ def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor | None, value: float
 
 _SCHEMAS = {
     "index": (index, "(Tensor x, Tensor?[] indices, SymInt[] starts, SymInt[] sizes) -> Tensor"),
-    "index_put": (
-        index_put,
-        "(Tensor x, Tensor?[] indices, Tensor values, bool accumulate, SymInt[] starts, SymInt[] sizes) -> Tensor",
-    ),
+    "index_put": (index_put, "(Tensor x, Tensor?[] indices, Tensor values, bool accumulate, SymInt[] starts, SymInt[] sizes) -> Tensor"),
     "gather": (gather, "(Tensor x, int dim, Tensor index, SymInt start, SymInt size) -> Tensor"),
     "scatter_add": (scatter_add, "(Tensor x, int dim, Tensor index, Tensor src, SymInt start, SymInt size) -> Tensor"),
     "scatter": (scatter, "(Tensor x, int dim, Tensor index, Tensor? src, float value, SymInt start, SymInt size) -> Tensor"),
