@@ -69,6 +69,7 @@ def index_put(x: Tensor, indices: Indices, values: Tensor, accumulate: bool, sta
 
 def _with_spare(x: Tensor, dim: int) -> tuple[Tensor, int]:
     """A copy of x with one more place along `dim`, where everything lands that belongs elsewhere; the place."""
+    dim %= x.dim()
     here = x.shape[dim]
     spare = x.new_empty([n + (d == dim) for d, n in enumerate(x.shape)])
     spare.narrow(dim, 0, here).copy_(x)
