@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from .ir.errors import AutoparError
     from .ir.mesh import Mesh
     from .ir.plan import Plan
+    from .rules.learnt import register_rule
     from .runtime.module import ParallelModule
     from .verification import Report, verify
 
-__all__ = ["AutoparError", "Mesh", "ParallelModule", "Plan", "Report", "autoparallelize", "plan", "verify"]
+__all__ = ["AutoparError", "Mesh", "ParallelModule", "Plan", "Report", "autoparallelize", "plan", "register_rule", "verify"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "AutoparError": "ir.errors",
     "Mesh": "ir.mesh",
     "Plan": "ir.plan",
+    "register_rule": "rules.learnt",
     "ParallelModule": "runtime.module",
     "Report": "verification",
     "verify": "verification",

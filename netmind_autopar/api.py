@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,7 +20,9 @@ from .ir.program import Program, op_name
 from .passes.emit import emit
 from .passes.pipeline import lower
 from .rules.algebra import Rule
-from .rules.bind import bind_program
+from .rules.bind import bind_program, learnt_rules, unlisted
+from .rules.call import call_of
+from .rules.learnt import share
 from .runtime.agree import all_alike, from_rank_zero, together
 from .runtime.module import Executable, ParallelModule
 from .solver.solve import solve
@@ -73,6 +76,7 @@ def plan(
         gap=gap,
         strict=strict,
     )
+    _warn_of_replicated(found)
     return found.timed(time.process_time() - start)
 
 
@@ -117,8 +121,11 @@ def autoparallelize(
     def decide() -> str:
         if plan is not None:
             return plan.dumps()
-        return plan_program(program, make_mesh(torch_mesh, cluster or default_cluster()), lambda _: None, **options).dumps()
+        made = plan_program(program, make_mesh(torch_mesh, cluster or default_cluster()), lambda _: None, **options)
+        _warn_of_replicated(made)
+        return made.dumps()
 
+    _share_rules(program)
     found = Plan.loads(from_rank_zero(decide))
     all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
     executable = together(lambda: compile_plan(program, found, training=model.training))
@@ -165,6 +172,41 @@ def plan_program(
     return found
 
 
+def _share_rules(program: Program) -> None:
+    """What rank 0 finds out about ops without a row is what every rank uses; rules given by hand must be the same everywhere."""
+    nodes = unlisted(program)
+    if not nodes:
+        return
+    share(map(call_of, nodes), from_rank_zero)
+    all_alike(
+        "the rule of an op",
+        str(together(lambda: learnt_rules(program))),
+        why="every rank must know the same rules",
+        try_="call register_rule alike on every rank",
+    )
+
+
+def _warn_of_replicated(found: Plan) -> None:
+    """One warning for the operations that no device shares: what they cost, and what helps."""
+    if not found.replicated or found.random_costs is not None:
+        return
+    rows = sorted(found.replicated, key=lambda r: (-r.seconds, r.op, r.where))
+    total = sum(r.seconds for r in rows)
+    lines = [f"{len(rows)} operation{'s' * (len(rows) > 1)} without a sharding rule run whole on every device"]
+    lines[0] += f": {_cost(total, found)} of the predicted step"
+    for r in rows[:5]:
+        lines.append(f"  {r.op}: {_cost(r.seconds, found)}  {r.where}" + (f"\n    {r.why}" if r.why else ""))
+    lines += [f"  … and {len(rows) - 5} more in Plan.replicated"] * (len(rows) > 5)
+    name = rows[0].op.removesuffix(".default").replace(".", "::", 1)
+    lines.append(f'  if one can be split, say how: netmind_autopar.register_rule("{name}", "b d, d -> b d")')
+    warnings.warn("\n".join(lines), UserWarning, stacklevel=3)
+
+
+def _cost(seconds: float, plan: Plan) -> str:
+    share = seconds / plan.cost.step_s if plan.cost.step_s else 0.0
+    return f"{seconds * 1e3:.3g} ms, {share:.1%}"
+
+
 def _refuse_unknown(program: Program, rules: Mapping[str, Rule]) -> None:
     for node in program.graph.nodes:
         if node.name in rules and not rules[node.name].known:
@@ -172,5 +214,5 @@ def _refuse_unknown(program: Program, rules: Mapping[str, Rule]) -> None:
                 f"no sharding rule for {op_name(node)}",
                 where=node.meta.get("where", ""),
                 why="strict=True, and an op without a rule runs whole on every device",
-                try_="drop strict=True, or add a row for it to rules/table.py",
+                try_="drop strict=True, or say how it splits: netmind_autopar.register_rule(op, rule)",
             )

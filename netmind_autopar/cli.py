@@ -158,7 +158,7 @@ def _pins(texts: Sequence[str]) -> dict[str, str] | None:
 def run_plan(args: argparse.Namespace) -> int:
     from . import api
     from .costs.device import default_cluster, make_mesh
-    from .rules.bind import bind_program
+    from .rules.bind import bind_program, learnt_rules
     from .solver.explain import class_rows
     from .tracer.capture import capture
 
@@ -183,15 +183,16 @@ def run_plan(args: argparse.Namespace) -> int:
             strict=args.strict,
             inputs="global",
         ).timed(time.process_time() - start)
-        rows = class_rows(program, bind_program(program), found)
+        rows, learnt = class_rows(program, bind_program(program), found), learnt_rules(program)
     if args.json:
         found.save(args.json)
-    _show(report.plan_report(found, loaded.title, report.parameter_rows(found, loaded.model.named_parameters()), rows, show_all=args.all))
+    parameters = report.parameter_rows(found, loaded.model.named_parameters())
+    _show(report.plan_report(found, loaded.title, parameters, rows, learnt=learnt, show_all=args.all))
     return OK
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    from .rules.bind import bind_program
+    from .rules.bind import bind_program, learnt_rules
     from .solver.explain import class_rows, conversion_rows
     from .tracer.capture import capture
 
@@ -206,9 +207,9 @@ def run_explain(args: argparse.Namespace) -> int:
         program = capture(loaded.model, loaded.inputs, mode=plan.mode)
         rules = bind_program(program)
         sent, rows = conversion_rows(program, rules, plan), class_rows(program, rules, plan)
-    _show(
-        report.plan_report(plan, loaded.title, report.parameter_rows(plan, loaded.model.named_parameters()), rows, sent, show_all=args.all)
-    )
+        learnt = learnt_rules(program)
+    parameters = report.parameter_rows(plan, loaded.model.named_parameters())
+    _show(report.plan_report(plan, loaded.title, parameters, rows, sent, learnt=learnt, show_all=args.all))
     return OK
 
 

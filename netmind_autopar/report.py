@@ -122,9 +122,10 @@ def plan_report(
     work: Sequence[ClassRow] = (),
     sent: Sequence[ConversionRow] = (),
     *,
+    learnt: Sequence[tuple[str, str]] = (),
     show_all: bool = False,
 ) -> Group:
-    """The whole report. `show_all` adds every choice that the plan file holds and long tables in full."""
+    """The whole report. learnt: (op, rule) of ops that no table lists. `show_all` adds every choice of the plan file and whole tables."""
     parts: list[RenderableType] = [_header(plan, title), Text(), _time(plan.cost), Text(), _memory(plan)]
     if parameters:
         parts += [Text(), _parameters(plan, parameters, show_all)]
@@ -133,6 +134,8 @@ def plan_report(
     parts += [Text(), _collectives(plan)]
     if sent:
         parts += [Text(), _conversions(sent, show_all)]
+    if learnt:
+        parts += [Text(), _learnt(learnt)]
     if plan.replicated:
         parts += [Text(), _replicated(plan, show_all)]
     if show_all:
@@ -289,12 +292,20 @@ def _collectives(plan: Plan) -> RenderableType:
 
 
 def _replicated(plan: Plan, show_all: bool) -> Group:
-    table = _table("operation", "×", "time", "where", right="×,time")
+    table = _table("operation", "×", "time", "share", "where", right="×,time,share")
     rows = sorted(plan.replicated, key=lambda r: (-r.seconds, r.op, r.where))
     for r in rows if show_all else rows[:10]:
-        table.add_row(r.op, str(r.count), seconds(r.seconds), r.where)
+        share = r.seconds / plan.cost.step_s if plan.cost.step_s else 0.0
+        table.add_row(r.op, str(r.count), seconds(r.seconds), f"{share:.1%}", f"{r.where}\n{r.why}" if r.why else r.where)
     hidden = 0 if show_all else max(0, len(rows) - 10)
     return _section("Not split: no sharding rule, so every device computes the whole", table, hidden)
+
+
+def _learnt(rules: Sequence[tuple[str, str]]) -> Group:
+    table = _table("operation", "rule")
+    for op, rule in rules:
+        table.add_row(op, rule)
+    return _section("Rules of operations that no table lists, found by running them or given by hand", table)
 
 
 def _choices(plan: Plan) -> Group:

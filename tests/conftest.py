@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    os.environ["AUTOPAR_CACHE"] = "off"  # tests of the cache name a folder of their own
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -194,15 +194,26 @@ def test_refusals_of_meshes_and_options(tmp_path, mesh: DeviceMesh) -> None:
         plan(model, x, "dp=2", cluster=str(profile))
 
 
+@torch.library.custom_op("api_test::ranks", mutates_args=())
+def _ranks(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten().argsort().argsort().view(x.shape).to(x.dtype)
+
+
+_ranks.register_fake(torch.empty_like)
+_ranks.register_autograd(lambda ctx, grad: grad)
+
+
 def test_an_op_without_a_rule(mesh: DeviceMesh) -> None:
     class Odd(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.matrix_exp(super().forward(x))
+            return torch.ops.api_test.ranks(super().forward(x))
 
-    found = plan(Odd(4, 4), torch.zeros(2, 4, 4), "dp=2", cluster="h100-sxm")
-    assert any("matrix_exp" in r.op and "test_api.py" in r.where for r in found.replicated)
+    with pytest.warns(UserWarning, match=r"api_test.ranks.default: .* ms, .*%  .*test_api\.py(.|\n)*register_rule"):
+        found = plan(Odd(4, 4), torch.zeros(2, 4), "dp=2", cluster="h100-sxm", differentiable=())
+    (row,) = found.replicated
+    assert row.op == "api_test.ranks.default" and "test_api.py" in row.where and "no split" in row.why
     with pytest.raises(UnknownOpError, match=r"test_api\.py"):
-        plan(Odd(4, 4), torch.zeros(2, 4, 4), "dp=2", strict=True)
+        plan(Odd(4, 4), torch.zeros(2, 4), "dp=2", strict=True)
 
 
 def test_two_meshes_in_one_process() -> None:

@@ -128,9 +128,12 @@ def test_a_negative_or_partial_slice_is_whole():
         assert "b!" in str(rule_of(make(("aten.slice.Tensor", (F(4, 12), 1, start, end), {}))))
 
 
-def test_an_unlisted_op_runs_whole():
+def test_an_unlisted_op_runs_whole(monkeypatch):
+    monkeypatch.delitem(TABLE, "aten.cummax.default", raising=False)
+    monkeypatch.setenv("AUTOPAR_DISCOVER", "0")
     rule = rule_of(make(("aten.cummax.default", (F(4, 6), 0), {})))
-    assert not rule.known and rule.symbols == ("-",) and len(rule.outputs) == 2
+    assert not rule.known and rule.why == "AUTOPAR_DISCOVER=0"
+    assert rule.symbols == ("-",) and len(rule.outputs) == 2
 
 
 def test_an_unlisted_op_that_draws_random_numbers_is_refused():

@@ -81,12 +81,13 @@ class Collective(_Part):
 
 
 class Replicated(_Part):
-    """An operation that has no sharding rule and runs whole on every device."""
+    """An operation that has no sharding rule and runs whole on every device; `why` none was found."""
 
     op: str
     where: str
     count: int = Field(ge=1)
     seconds: Seconds
+    why: str = ""
 
 
 class Plan(_Part):

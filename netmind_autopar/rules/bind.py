@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..ir.program import Program, is_getitem, source, tensor_args
+from ..ir.program import Program, is_getitem, op_name, source, tensor_args
 from .algebra import Rule, Term
-from .table import rule_for, signature
+from .table import TABLE, rule_for, signature
 
 Cuts = tuple[int, ...]  # right strides inside a dim, ascending, each dividing the next
 _Value = tuple[int, int]  # (node number, output index)
@@ -29,6 +29,18 @@ def bind_program(program: Program) -> dict[str, Rule]:
     """The refined rule of every `call_function` node except getitem, by node name."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function" and not is_getitem(n)]
     return bind_nodes(nodes)
+
+
+def unlisted(program: Program) -> list[fx.Node]:
+    """One node per distinct call of an op that no table lists, in graph order."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and not is_getitem(n) and op_name(n) not in TABLE]
+    return list({signature(n): n for n in reversed(nodes)}.values())[::-1]
+
+
+def learnt_rules(program: Program) -> tuple[tuple[str, str], ...]:
+    """(op, rule) of every op that no table lists and whose rule was found, or given by hand."""
+    rules = [(op_name(node), rule_for(node)) for node in unlisted(program)]
+    return tuple(dict.fromkeys((op, str(rule)) for op, rule in rules if rule.known))
 
 
 def bind_nodes(nodes: Sequence[fx.Node]) -> dict[str, Rule]:

@@ -170,12 +170,12 @@ def _given(given: Given, call: Call) -> Rule:
 def share(calls: Iterable[Call], from_rank_zero: Callable[[Callable[[], str]], str]) -> None:
     """Let every rank use what rank 0 found for these calls; `from_rank_zero` runs a function there and gives all its text."""
     unlisted = [c for c in calls if c.op not in _GIVEN and not _not_searched(c)]
-    keys = [json.dumps(call_key(c)) for c in unlisted]
+    _TOLD.clear()
 
     def ask() -> str:
-        return json.dumps([{**cache.plain(f), "draws": f.draws} for f in map(lookup, unlisted)])
+        found = {json.dumps(call_key(c)): lookup(c) for c in unlisted}
+        return json.dumps({key: [cache.plain(f), f.draws] for key, f in found.items()})
 
-    for key, data in zip(keys, json.loads(from_rank_zero(ask)), strict=True):
-        draws = data.pop("draws")
+    for key, (data, draws) in json.loads(from_rank_zero(ask)).items():
         if (found := cache.read(data)) is not None:
             _TOLD[key] = replace(found, draws=draws)

@@ -105,16 +105,16 @@ def collectives_of(built: Built, choice: Choice, conv: Conversions) -> tuple[Col
 
 def replicated_of(built: Built, choice: Choice) -> tuple[Replicated, ...]:
     """Ops without a rule, by op and source line."""
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str, str], list[float]] = {}
     for kind, node, k in zip(built.kinds, built.problem.nodes, choice, strict=True):
         if kind.rule.known or kind.role != "op":
             continue
         for member in kind.members:
             where = built.nodes[member].meta.get("where", "") or ""
-            row = found.setdefault((op_name(built.nodes[member]), where), [0, 0.0])
+            row = found.setdefault((op_name(built.nodes[member]), where, kind.rule.why), [0, 0.0])
             row[0] += 1
             row[1] += float(node.seconds[k]) / len(kind.members)
-    return tuple(Replicated(op=op, where=where, count=int(n), seconds=s) for (op, where), (n, s) in sorted(found.items()))
+    return tuple(Replicated(op=op, where=where, count=int(n), seconds=s, why=why) for (op, where, why), (n, s) in sorted(found.items()))
 
 
 def class_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[ClassRow, ...]:
