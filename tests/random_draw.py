@@ -18,6 +18,13 @@ from torch import Tensor, nn
 
 APART = 1e-6  # ops that jump or choose are only used where rounding cannot decide
 SIZES = (1, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 12)
+MOVED = (
+    "def moved(layer):  # weights of one and biases of zero would hide errors",
+    "    for t in [*layer.parameters(), *layer.buffers()]:",
+    "        if t.is_floating_point():",
+    "            t.data += 0.1 * torch.rand(t.shape)",
+    "    return layer",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Draw:
         self.random, self.model = source, nn.Module()
         self.setup: dict[str, str] = {}  # attribute of the model -> the lines that make it
         self.env: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "self": self.model}
+        exec("\n".join(MOVED), self.env)
         self.pool: list[Value] = []
         self.lines: list[str] = []
         self.name, self.ids_rank = "", 0
@@ -118,10 +126,10 @@ class Draw:
 
     def layer(self, text: str, *, share: bool = True) -> str:
         """A layer; now and then one of the same form that exists already (shared weights), now and then frozen."""
-        alike = [k for k, made in self.setup.items() if made.endswith(f"= {text}")]
+        alike = [k for k, made in self.setup.items() if f"= moved({text})" in made]
         if share and alike and self.chance(0.5):
             return self.choice(*alike)
-        return self._attribute("layer", text + (".requires_grad_(False)" if self.chance(0.1) else ""))
+        return self._attribute("layer", f"moved({text})" + (".requires_grad_(False)" if self.chance(0.1) else ""))
 
     def parameter(self, shape: list[int]) -> str:
         alike = [k for k, made in self.setup.items() if f"nn.Parameter(torch.randn({shape})" in made]

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from random_draw import Draw, Value
+from random_draw import MOVED, Draw, Value
 from random_layers import LAYERS
 from random_ops import OPS
 from torch import Tensor, nn
@@ -75,6 +75,14 @@ class Recipe:
         extra = self.extra if self.extra in {"x", "y", *(s.name for s in steps)} else "x"
         return replace(self, steps=tuple(steps), extra=extra)
 
+    def simple(self) -> Recipe:
+        """Returning the loss alone."""
+        return replace(self, head="loss")
+
+    def without_gradients(self) -> Recipe:
+        """Inputs ask for no gradient, where parameters do."""
+        return replace(self, wants_grad=False)
+
     def forward_lines(self) -> list[str]:
         lines = [line for step in self.steps for line in step.lines]
         made = [step.name for step in self.steps]
@@ -114,6 +122,8 @@ class Recipe:
                 "from torch import nn",
                 "",
                 "torch.set_default_dtype(torch.float64)",
+                "",
+                *MOVED,
                 "",
                 "class Module(nn.Module):",
                 "    def __init__(self):",
