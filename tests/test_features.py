@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_tracer import check, close, run
+from test_tracer import check
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from netmind_autopar.ir.errors import CaptureError
 from netmind_autopar.tracer.capture import capture
@@ -59,6 +60,18 @@ class AddInPlace(torch.autograd.Function):
         return grad, 3 * grad
 
 
+class Hidden(torch.autograd.Function):
+    """Reads a tensor that is no argument."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any) -> Tensor:
+        return x * weight()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad, None
+
+
 class Functions(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -75,6 +88,8 @@ class Functions(nn.Module):
             z = self.other(y)
             AddInPlace.apply(z, y)
             return z.square().mean()
+        if self.kind == "closure":
+            return Hidden.apply(y, lambda: self.other.weight).square().mean() + self.other(y).mean()
         if self.kind == "no_grad":
             with torch.no_grad():
                 scale = Modern.apply(y)
@@ -86,7 +101,80 @@ class Functions(nn.Module):
         return z.square().sum()
 
 
-@pytest.mark.parametrize("kind", ["reverse", "modern", "dirty", "no_grad", "hook"])
+@pytest.mark.parametrize("kind", ["reverse", "modern", "dirty", "closure", "no_grad", "hook"])
 def test_gradients_written_by_hand(kind: str) -> None:
     torch.manual_seed(0)
     check(Functions(kind).double(), {"x": torch.randn(3, 4).double()})
+
+
+class Refused(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.fc = kind, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "closure":
+            scale = self.fc(x)
+            return Hidden.apply(self.fc(x), lambda: scale).sum()
+        if self.kind == "module":
+            return Hidden.apply(x, self.fc).sum()
+        if self.kind == "vmap":
+            return torch.vmap(Modern.apply)(self.fc(x)).sum()
+        if self.kind == "grad":
+            energy = self.fc(x).tanh().sum()
+            return torch.autograd.grad(energy, self.fc.weight, create_graph=True)[0].sum()
+        return torch.func.grad(lambda y: self.fc(y).tanh().sum())(x).sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "what"),
+    [
+        ("closure", "return x * weight()", "behind autograd's back"),
+        ("module", "Hidden.apply(x, self.fc)", "is given a module"),
+        ("vmap", "torch.vmap(Modern.apply)", "inside torch.func or vmap"),
+        ("grad", "torch.autograd.grad(energy", "computes gradients itself"),
+        ("func", "torch.func.grad(lambda y:", "computes gradients itself"),
+    ],
+)
+def test_gradients_that_cannot_be_kept(kind: str, line: str, what: str) -> None:
+    with pytest.raises(CaptureError, match=what) as caught:
+        capture(Refused(kind), torch.randn(3, 4))
+    assert line in caught.value.where and caught.value.where.startswith("test_features.py:"), caught.value
+    assert caught.value.why and caught.value.try_
+
+
+def test_hooks_outside_of_forward() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    handle = model[0].weight.register_hook(lambda g: g * 2)
+    with pytest.raises(CaptureError, match=r"0.weight has a hook"):
+        capture(model, torch.randn(2, 3))
+    handle.remove()
+    handle = model[0].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(CaptureError, match="module 0 has a backward hook"):
+        capture(model, torch.randn(2, 3))
+    handle.remove()
+    capture(model, torch.randn(2, 3))
+
+
+def test_nothing_stays_patched() -> None:
+    before = (torch.autograd.Function.apply.__func__, torch.autograd.grad, Tensor.register_hook, vars(CheckpointFunction).get("apply"))
+    with pytest.raises(CaptureError):
+        capture(Refused("grad"), torch.randn(3, 4))
+    after = (torch.autograd.Function.apply.__func__, torch.autograd.grad, Tensor.register_hook, vars(CheckpointFunction).get("apply"))
+    assert before == after
+
+
+def test_reentrant_checkpointing_without_inputs_that_want_a_gradient() -> None:
+    """Eager mode gives no gradients then, and warns."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(checkpoint(self.one, x, use_reentrant=True)).sum()
+
+    program = capture(Model(), torch.randn(2, 3))
+    reached = {o.name for o in program.outputs if o.role == "grad" and program.node(o.node).target is not torch.ops.aten.zeros.default}
+    assert {"two.weight", "two.bias"} <= reached

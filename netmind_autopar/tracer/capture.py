@@ -22,8 +22,10 @@ from .assemble import Traced, assemble
 from .functions import Kept, check_hooks
 from .masks import eager_masks
 from .normalize import DECOMPOSITIONS, Random, normalize
-from .origin import module_path, where, where_raised
+from .origin import module_path, where
+from .refusals import check_graph, check_model, check_result, explain, writes, written
 from .signature import Call, Selection, sample_call
+from .state import Dice, Watch
 
 _PREFIX = "model"  # the name under which the user's module hangs in the traced one
 
@@ -55,6 +57,7 @@ def capture(
             why="its parameters, buffers and forward are needed",
             try_="wrap the function in a Module",
         )
+    check_model(model)
     check_hooks(model)
     call = sample_call(model.forward, sample_inputs)
     kept, carrying = _names(outputs, "outputs"), _names(differentiable, "differentiable")
@@ -69,8 +72,15 @@ def capture(
         with fakes:
             seed = torch.empty((), dtype=torch.int64)
         tensors = [clone.fake_like(tensor, fakes) for _, tensor in call.leaves]
-        traced = _trace(_Wrapper(fake, call, selection), (seed, *tensors), tied, mode)
-        return assemble(traced, _PREFIX, call, selection, tied, mode)
+        watch = Watch(fake)
+
+        def once(selection: Selection) -> Program:
+            traced = _trace(_Wrapper(fake, call, selection, watch), (seed, *tensors), tied, mode)
+            return assemble(traced, _PREFIX, call, selection, tied, mode)
+
+        program = once(selection)
+        watch.check(lambda: once(select()), program)
+        return program
 
     with _plain_torch():
         if fold:
@@ -119,14 +129,19 @@ def _plain_torch() -> Iterator[None]:
 class _Wrapper(nn.Module):
     """The traced function: a seed and the user's tensors in, the kept outputs out."""
 
-    def __init__(self, model: nn.Module, call: Call, selection: Selection) -> None:
+    def __init__(self, model: nn.Module, call: Call, selection: Selection, watch: Watch) -> None:
         super().__init__()
-        self.call_shape, self.selection = call, selection
+        self.call_shape, self.selection, self.watch = call, selection, watch
         self.add_module(_PREFIX, model)
 
     def forward(self, seed: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        model, dice = self.get_submodule(_PREFIX), Dice()
         args, kwargs = self.call_shape.arguments(list(tensors))
-        return self.selection.take(self.get_submodule(_PREFIX)(*args, **kwargs))
+        result = model(*args, **kwargs)
+        dice.check(lambda: model(*args, **kwargs))
+        self.watch.note()
+        check_result(model, result)
+        return self.selection.take(result)
 
 
 def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str) -> Traced:
@@ -135,7 +150,8 @@ def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, st
         with kept.recording():
             exported = torch_private.export(wrapper, args)
         kept.restore(exported)
-        _check_static(exported)
+        check_graph(exported)
+        lines = written(exported)
         _merge_tied(exported, tied)
         _note_origins(exported)
         seed = next(n for n in exported.graph.nodes if n.op == "placeholder")
@@ -143,42 +159,40 @@ def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, st
         if mode == "inference":  # only now: models decide by requires_grad which of two equal ways they go
             for tensor in (*exported.parameters(), *args):
                 tensor.requires_grad_(False)
-        return Traced(*torch_private.joint(exported, args, DECOMPOSITIONS))
-    except AutoparError:
-        raise
-    except torch_private.DATA_DEPENDENT as error:
-        raise _data_dependent(where_raised(error.__traceback__), error) from error
+        traced = Traced(*torch_private.joint(exported, args, DECOMPOSITIONS))
+        _check_complete(traced, wrapper, lines, mode)
+        return traced
     except Exception as error:
-        if data := torch_private.data_dependent_cause(error):
-            raise _data_dependent(where_raised(data.__traceback__) or where_raised(error.__traceback__), error) from error
+        if isinstance(error, AutoparError):
+            raise
+        raise explain(error) from error
+
+
+def _check_complete(traced: Traced, wrapper: _Wrapper, lines: dict[str, str], mode: str) -> None:
+    """CaptureError when inputs or parameters are written, a tensor came from nowhere, or an output has lost its gradient."""
+    for _, role, name in (end for end in traced.outs if end[0] == "mutation"):
+        if role == "param" or (role == "input" and mode == "training"):
+            node = f"tensors_{name - 1}" if role == "input" else name
+            title = wrapper.call_shape.leaves[name - 1][0] if role == "input" else name.removeprefix(f"{_PREFIX}.")
+            raise writes(title, lines.get(node, ""))
+    for name, value in traced.constants.items():
+        if torch_private.is_fake(value) or value.requires_grad:
+            users = [n for n in traced.graph.nodes if n.op == "call_function" and any(a.target == name for a in n.all_input_nodes)]
+            raise CaptureError(
+                "forward uses a tensor that is neither argument, parameter nor buffer, and that wants a gradient or has no value",
+                where=next((line for n in users if (line := n.meta.get("stack_trace"))), ""),
+                why="it would be a constant of the graph: no optimizer sees it, and its gradient would be lost",
+                try_="make it a parameter of the module, or pass it as an argument",
+            )
+    tangents = {end[1] for end in traced.ins if end[0] == "tangent"}
+    lost = [p for i, p in enumerate(wrapper.selection.paths) if p in wrapper.selection.carrying and i not in tangents]
+    if lost and mode == "training":
         raise CaptureError(
-            "the model failed while it was traced",
-            where=where_raised(error.__traceback__),
-            why=f"{type(error).__name__}: {_first_line(error)}",
-            try_="call the model with these sample_inputs; if that works, remove what only runs in Python",
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")[:300]
-
-
-def _data_dependent(line: str, error: BaseException | None = None) -> CaptureError:
-    return CaptureError(
-        "control flow or a shape depends on the values of a tensor",
-        where=line,
-        why="the plan is made once, for every value the inputs may have",
-        try_="use torch.where, masks or a fixed size instead of if, .item(), nonzero or a boolean index",
-    )
-
-
-def _check_static(exported: fx.GraphModule) -> None:
-    """CaptureError for sizes and numbers that are only known when the model runs."""
-    for node in exported.graph.nodes:
-        val = node.meta.get("val")
-        shape = tuple(val.shape) if isinstance(val, torch.Tensor) else ()
-        if torch_private.is_symbolic(val) or any(torch_private.is_symbolic(n) for n in shape):
-            raise _data_dependent(where(node.meta.get("stack_trace")) or "")
+            "gradients were lost on the way through the model",
+            where=", ".join(lost),
+            why="the output wants a gradient when the model runs, and not in the traced graph",
+            try_="look for an op that changes how gradients are computed (a hook, an autograd.Function), and report it",
+        )
 
 
 def _merge_tied(exported: fx.GraphModule, tied: dict[str, str]) -> None:

@@ -1,8 +1,8 @@
 """What torch's export would lose: gradients that the user defines, and hooks on gradients.
 
 Export writes down what forward computes. Of a `torch.autograd.Function` it would keep the forward and forget the backward, of
-reentrant checkpointing no gradient would be left, and a hook on a tensor would never run: silently wrong gradients. So each of them becomes one
-node of the exported graph, and when autograd is traced that node calls the real thing, backward and all.
+reentrant checkpointing no gradient would be left, and a hook on a tensor would never run: silently wrong gradients. So each of
+them becomes one node of the exported graph, and when autograd is traced that node calls the real thing, backward and all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..ir.errors import CaptureError
 from . import torch_private
@@ -40,10 +41,9 @@ class Kept:
     def recording(self) -> Iterator[None]:
         """Inside the block, `Function.apply`, `Tensor.register_hook` and gradients taken inside forward are caught."""
         apply, hook = torch.autograd.Function.apply.__func__, Tensor.register_hook  # type: ignore[attr-defined]
-        checkpoint = torch_private.CheckpointFunction
         with (
             mock.patch.object(torch.autograd.Function, "apply", classmethod(lambda cls, *a, **k: self._apply(apply, cls, a, k))),
-            mock.patch.object(checkpoint, "apply", classmethod(lambda cls, run, preserve, *a: _checkpoint(run, a)), create=True),
+            mock.patch.object(CheckpointFunction, "apply", classmethod(lambda cls, run, preserve, *a: _checkpoint(run, a)), create=True),
             mock.patch.object(Tensor, "register_hook", lambda x, h: self._hook(hook, x, h)),
             mock.patch.object(torch.autograd, "grad", _no_gradients),
             mock.patch.object(torch.autograd, "backward", _no_gradients),
@@ -105,7 +105,7 @@ class Kept:
 
 
 def _checkpoint(run: Callable[..., Any], args: tuple) -> Any:
-    """Reentrant checkpointing is what it wraps, as long as some input wants a gradient; otherwise it cuts the gradient, as in eager mode."""
+    """Reentrant checkpointing is what it wraps, but cuts the gradient when no input wants one."""
     if any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return run(*args)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def _check_constants(cls: Any, args: tuple) -> None:
             raise CaptureError(
                 f"{cls.__name__} is given a module",
                 where=where_called(),
-                why=f"argument {i} is a {type(arg).__name__}; a gradient written by hand for parameters that autograd does not see cannot be kept",
+                why=f"argument {i} is a {type(arg).__name__}, whose parameters autograd does not see there",
                 try_=f"pass the parameters to {cls.__name__}.apply as tensors",
             )
 

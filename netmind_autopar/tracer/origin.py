@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import linecache
 import re
 import sys
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-_OURS, _TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
+_OURS, _TORCH, _PYTHON = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent), str(Path(linecache.__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s+(?!File ")([^\n]*))?')
 
 
-def _foreign(path: str) -> bool:
-    return not path.startswith((_OURS, _TORCH, "<"))
+def is_foreign(path: str) -> bool:
+    """True for code of the user's or of a library, False for torch, Python itself and this package."""
+    return not path.startswith((_OURS, _TORCH, "<")) and (not path.startswith(_PYTHON) or "-packages" in path)
 
 
 @functools.lru_cache(maxsize=65536)
 def where(stack_trace: str | None) -> str | None:
     """The innermost line outside torch and this package: "model.py:41  x = self.fc(x)"; None when there is none."""
     for path, line, text in reversed(_FRAME.findall(stack_trace or "")):
-        if _foreign(path):
+        if is_foreign(path):
             return f"{Path(path).name}:{line}  {text.strip()}".rstrip()
     return None
 
@@ -34,8 +36,8 @@ def where_raised(trace: TracebackType | None) -> str:
     found = ""
     while trace is not None:
         path = trace.tb_frame.f_code.co_filename
-        if _foreign(path):
-            found = f"{Path(path).name}:{trace.tb_lineno}  {linecache.getline(path, trace.tb_lineno).strip()}".rstrip()
+        if is_foreign(path):
+            found = _line(path, trace.tb_lineno)
         trace = trace.tb_next
     return found
 
@@ -50,10 +52,21 @@ def module_path(stack: dict[str, Any] | None, prefix: str) -> str | None:
 
 def where_called() -> str:
     """The innermost line outside torch and this package among those that are being executed; "" when there is none."""
-    frame = sys._getframe(1)
-    while frame is not None and not _foreign(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None:
-        return ""
-    path, line = frame.f_code.co_filename, frame.f_lineno
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_foreign(frame.f_code.co_filename):
+        frame = frame.f_back
+    return line_in(frame) if frame is not None else ""
+
+
+def line_in(frame: FrameType) -> str:
+    return _line(frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_of(function: Any) -> str:
+    """Where a function is defined; "" for one that is not written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "" if code is None else _line(code.co_filename, code.co_firstlineno)
+
+
+def _line(path: str, line: int) -> str:
     return f"{Path(path).name}:{line}  {linecache.getline(path, line).strip()}".rstrip()

@@ -23,6 +23,9 @@ _OPAQUE = (
     torch.dtype,
     torch.device,
     torch.Generator,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
     type,
     types.ModuleType,
     types.FunctionType,
@@ -112,6 +115,13 @@ def _slots(cls: type) -> tuple[str, ...]:
     slots = cls.__dict__.get("__slots__", ())
     slots = (slots,) if isinstance(slots, str) else tuple(slots)
     return tuple(s for s in slots if s not in ("__dict__", "__weakref__") and not s.startswith("__"))
+
+
+def constants(template: Template | None) -> list[Any]:
+    """What is no tensor in a template."""
+    if isinstance(template, Const):
+        return [template.value]
+    return [value for item in getattr(template, "items", ()) for value in constants(item)]
 
 
 def build(template: Template, values: list[Any]) -> Any:
@@ -273,6 +283,14 @@ def sample_call(forward: Callable[..., Any], sample_inputs: Any) -> Call:
             why="shapes and dtypes of the inputs are read off sample tensors",
             try_='sample_inputs={"input_ids": torch.zeros(8, 128, dtype=torch.long)}',
         )
+    for path, tensor in call.leaves:
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise InputError(
+                f"{path} is a {'nested' if tensor.is_nested else 'sparse'} tensor",
+                where=f"sample_inputs: {path}",
+                why="every shape of a plan is fixed, and how many elements this one holds is not",
+                try_="pass a dense tensor, padded to one length, and a mask",
+            )
     devices = {str(tensor.device) for _, tensor in call.leaves}
     if len(devices) > 1:
         listing = ", ".join(f"{path}: {tensor.device}" for path, tensor in call.leaves)
@@ -294,6 +312,7 @@ class Selection:
     template: Template | None = None
     kept: tuple[int, ...] = ()
     paths: tuple[str, ...] = ()
+    carrying: tuple[str, ...] = ()
 
     def take(self, result: Any) -> tuple[torch.Tensor, ...]:
         """The tensors to return from the traced function; those without a gradient are detached."""
@@ -312,6 +331,7 @@ class Selection:
             _named(p, self.differentiable) if self.differentiable is not None else t.is_floating_point() and (t.dim() == 0 or not losses)
             for p, t in zip(self.paths, tensors, strict=True)
         ]
+        self.carrying = tuple(p for p, t, k in zip(self.paths, tensors, keep, strict=True) if k and t.requires_grad)
         return tuple(t if k else t.detach() for t, k in zip(tensors, keep, strict=True))
 
     def unpack(self, values: list[Any]) -> Any:

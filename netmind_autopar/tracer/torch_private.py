@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -15,7 +16,6 @@ from torch._functorch._aot_autograd import descriptors as _desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Do not note which Python function each op came from: nobody reads it, and it takes a twelfth of the time. Since 2.12 or so.
@@ -43,7 +43,7 @@ def is_symbolic(value: Any) -> bool:
 
 def export(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> fx.GraphModule:
     """The forward graph before autograd, parameters as `get_attr` nodes. All tensors in `module` and `args` are fake."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         return torch.export.export(module, args, strict=False).module(check_guards=False)
 
@@ -56,19 +56,20 @@ def joint(
     Returns the graph, the tensors its `get_attr` nodes name, and what its ends are, in order. Ends: ("param", name), ("buffer",
     name), ("input", index), ("tangent", output index); ("output", index), ("mutation", role, name), ("grad", role, name).
     """
-    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+    with contextlib.ExitStack() as stack, warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         traced = aot_export_joint_with_descriptors(stack, module, args, decompositions=decompositions, **_QUICK).graph_module
     nodes = list(traced.graph.nodes)
     ins = [_end(n.meta.get("desc")) for n in nodes if n.op == "placeholder"]
     outs = [_end(d) for d in nodes[-1].meta["desc"]]
-    constants = {n.target: _attribute(traced, n.target) for n in nodes if n.op == "get_attr"}
+    constants = {n.target: attribute(traced, n.target) for n in nodes if n.op == "get_attr"}
     return traced.graph, constants, ins, outs
 
 
-def _attribute(module: torch.nn.Module, path: str) -> Any:
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """What lies at a dotted path; None when nothing does."""
     for name in path.split("."):
-        module = getattr(module, name)
+        module = getattr(module, name, None)  # type: ignore[assignment]
     return module
 
 
@@ -153,17 +154,32 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What torch logs about a trace that fails is said once, in an error of ours."""
+    from torch.export import _trace  # only now: it takes a second
+
+    logs = [logging.getLogger(name) for name in (FakeTensor.__module__, symbolic_shapes.__name__)]
+    before = [log.disabled for log in logs]
+    try:
+        for log in logs:
+            log.disabled = True
+        with mock.patch.object(_trace, "print", create=True):  # it prints half a graph
+            yield
+    finally:
+        for log, value in zip(logs, before, strict=True):
+            log.disabled = value
+
+
+@contextlib.contextmanager
 def as_in_export() -> Iterator[None]:
     """Code that asks whether it is being exported hears yes; ops that cannot run on fake tensors raise and log nothing."""
-    log = logging.getLogger(FakeTensor.__module__)
     flags = {name: getattr(torch.compiler, name) for name in ("_is_compiling_flag", "_is_exporting_flag")}
-    disabled, log.disabled = log.disabled, True
     try:
         for name in flags:
             setattr(torch.compiler, name, True)
-        yield
+        with quiet():
+            yield
     finally:
-        log.disabled = disabled
         for name, value in flags.items():
             setattr(torch.compiler, name, value)
 
