@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.mesh import coordinates
-from ..ir.program import Program, is_getitem, op_name, source
+from ..ir.program import Program, is_getitem, op_name, source, tensor_args
 from ..ir.spec import Spec, shard
 from ..runtime import simulate
 from ..runtime.collectives import bucket, move
@@ -67,34 +67,41 @@ def first_difference(program: Program, lowered: Program, sizes: tuple[int, ...],
                 if _errors(value, parts, spec, sizes, 0.01) is not None:
                     suspects.append((node, origin, index, value, parts, spec))
 
-    trouble = ""
+    trouble, found = "", []
     try:
-        ranks(lowered, sizes, state, observe)
+        found = ranks(lowered, sizes, state, observe)
     except Exception as error:
         trouble = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    ends = next(n for n in lowered.graph.nodes if n.op == "output")
+    for out, end, want, have, spec in zip(program.outputs, tensor_args(ends), results, found, lowered.expects["output"], strict=False):
+        origin, index = source(program.node(out.node))
+        suspects.append((end, origin.name, index, want, have, spec))
     for strictness in (1.0, 0.01):
         for node, origin, index, value, parts, spec in suspects:
             errors = _errors(value, parts, spec, sizes, strictness)
             if errors is not None and not _is_noise(program, origin, index, truth, value, parts, spec, sizes, largest):
                 limit = strictness * tolerance(value.dtype)
                 wrong = tuple(r for r, e in enumerate(errors) if not e <= limit)
-                return _described(node, origin, index, str(spec), wrong, worst(errors))
+                return _described(program, node, origin, index, str(spec), wrong, worst(errors))
     if trouble:
         order = [n for n in lowered.graph.nodes if n.op in ("call_function", "get_attr")]
         node = order[len(reached)]
         origin, index = origin_of(node, truth)
-        return _described(node, origin, index, str(lowered.specs.get(node.name, "")), (), float("inf"), trouble)
+        return _described(program, node, origin, index, str(lowered.specs.get(node.name, "")), (), float("inf"), trouble)
     return None
 
 
-def _described(node: fx.Node, origin: str, index: int, spec: str, wrong: tuple[int, ...], error: float, trouble: str = "") -> Difference:
+def _described(
+    program: Program, node: fx.Node, origin: str, index: int, spec: str, wrong: tuple[int, ...], error: float, trouble: str = ""
+) -> Difference:
     if node.target is move:
         what = f"{node.args[1]} over axis {node.args[2]}"
     elif source(node)[0].target is bucket:
         what = f"bucketed all_reduce over axis {source(node)[0].args[1]}"
     else:
-        what = op_name(node) if node.op == "call_function" else origin
-    where, module = (str(node.meta.get(key) or "") for key in ("where", "module"))
+        what = op_name(node) if node.op == "call_function" else f"{node.name}, given instead"
+    made = next((n.meta for n in program.graph.nodes if n.name == origin), {})
+    where, module = (str(node.meta.get(key) or made.get(key) or "") for key in ("where", "module"))
     return Difference(node.name, origin, what, spec, where, module, wrong, error, index, trouble)
 
 
@@ -158,7 +165,8 @@ def _is_noise(
     node = program.node(origin)
     if node.op != "call_function" or not (value.is_floating_point() or value.is_complex()):
         return False
-    if any(t.shape != p.shape for t, p in zip(parts[1:], parts, strict=False)) or not torch.isfinite(value).all():
+    pieces, _ = wholes([shard(value, spec, sizes, c) for c in coordinates(sizes)], spec, sizes)
+    if any(p.shape != t.shape for p, t in zip(pieces, parts, strict=True)) or not torch.isfinite(value).all():
         return False
     generator = torch.Generator().manual_seed(0)
 
@@ -176,6 +184,6 @@ def _is_noise(
         again = node.target(*args, **kwargs)  # type: ignore[operator]
     again = again[index] if isinstance(again, (tuple, list)) else again
     noise = distance(value, again)
-    combined, whole = wholes(parts, spec, sizes)
-    off = max(distance(shard(value, whole, sizes, c), p) for p, c in zip(combined, coordinates(sizes), strict=True))
+    combined, _ = wholes(parts, spec, sizes)
+    off = max(distance(p, t) for p, t in zip(pieces, combined, strict=True))
     return off <= 3 * noise or (node.meta.get("phase") == "backward" and off < 1e-3 * tolerance(value.dtype) * largest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +19,17 @@ from ..ir.program import Program, is_getitem, op_name
 
 AMOUNT = 0.1
 _HUGE = 1e4  # larger numbers are masks ("minus infinity"), not values
-_MOVERS = """view _unsafe_view reshape slice select permute t transpose unsqueeze squeeze expand clone constant_pad_nd split
-    split_with_sizes chunk unbind contiguous _to_copy cat stack flip repeat""".split()
-_LOOKUPS = {"autopar.embedding": ("weight", 1), "autopar.embedding_backward": ("rows", 1)}
-_LOSSES = ("autopar.nll_loss", "autopar.nll_loss_backward")
+_WORDS = """view _unsafe_view reshape slice select permute t transpose unsqueeze squeeze expand clone constant_pad_nd split
+    split_with_sizes chunk unbind contiguous _to_copy cat stack flip repeat"""
+_MOVERS = frozenset(_WORDS.split())
+# Where an index or a label arrives: the operand whose dim (or the argument that) says how many there are.
+_ROWS = {"autopar.embedding": (0, 0), "autopar.embedding_backward": (2, None), "aten.embedding": (0, 0)}
+_CLASSES = {
+    "autopar.pick": (0, 1),
+    "autopar.cross_entropy_backward": (1, 1),
+    "autopar.nll_loss": (0, 1),
+    "autopar.nll_loss_backward": (2, None),
+}
 
 
 def noisy(value: Tensor, amount: float, seed: int, name: str, *, mask_like: bool = False) -> Tensor:
@@ -68,10 +76,8 @@ def varied_indices(value: Tensor, program: Program, node: str, seed: int, name: 
     if same and limit > 1:
         value = torch.randint(0, limit, value.shape, generator=generator, dtype=value.dtype)
     if labels and not rows and not other and len(set(ignored)) == 1 and value.numel() >= 4:
-        count = max(1, value.numel() // 8)
-        where = torch.randperm(value.numel(), generator=generator)[:count]
         value = value.clone(memory_format=torch.contiguous_format)
-        value.view(-1)[where] = ignored[0]
+        value[_corner(value.shape)] = ignored[0]
     return value
 
 
@@ -88,16 +94,29 @@ def _meaning(node: fx.Node) -> tuple[list[int], list[int], list[int], bool]:
                 continue
             seen.add(user)
             name = op_name(user).rsplit(".", 1)[0]
-            if name in _LOOKUPS:
-                rows.append(int(user.args[0].meta["val"].shape[0]) if _LOOKUPS[name][0] == "weight" else int(user.args[2]))
-            elif name in _LOSSES:
-                labels.append(int(user.args[0].meta["val"].shape[-1]) if name == _LOSSES[0] else int(user.args[2]))
-                ignored.append(int(user.args[-1]))
+            if name in _ROWS:
+                rows.append(_count(user, *_ROWS[name]))
+            elif name in _CLASSES:
+                labels.append(_count(user, *_CLASSES[name]))
+                ignored += [int(user.args[-1])] if "nll" in name else []  # type: ignore[arg-type]
+            elif name in ("aten.eq", "aten.ne") and isinstance(user.args[1], int) and user.args[1] < 0:
+                ignored.append(user.args[1])
             elif is_getitem(user) or name.removeprefix("aten.") in _MOVERS:
                 queue.append(user)
             else:
                 other = True
     return rows, labels, ignored, other
+
+
+def _corner(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """A block near one corner: whatever dim is split, its pieces get unlike numbers of elements. A shift by one keeps some of it."""
+    starts = [0] * (len(shape) - 1) + [1 if shape[-1] > 2 else 0]
+    return tuple(slice(start, start + max(1, n // 4)) for start, n in zip(starts, shape, strict=True))
+
+
+def _count(user: fx.Node, position: int, dim: int | None) -> int:
+    value: Any = user.args[position]
+    return int(value) if dim is None else int(value.meta["val"].shape[dim])
 
 
 def _zero_scale(shape: tuple[int, ...]) -> float:
