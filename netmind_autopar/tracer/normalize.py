@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from .. import kernels  # noqa: F401 - registers the namespace
 from ..ir.errors import CaptureError
-from . import draws, positions
+from . import draws, images, positions
 from .draws import dropped
 from .losses import cross_entropy, nll_loss, reduced
 
@@ -228,6 +228,7 @@ def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
                 continue
             if own := TABLE.get(node.target) or BY_NAME.get(str(node.target)):
                 if own in _DRAWS:
+                    draws.check(node, node.meta.get("stack_trace") or "")
                     node.kwargs = {**node.kwargs, "random": random, "salt": random.salt(draws.width(node))}
                 if own in positions.PREPARE:
                     positions.PREPARE[own](node)
@@ -278,5 +279,6 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.var.correction: _var,
     _aten.var_mean.correction: _var_mean,
     _aten.std.correction: _std,
+    **images.DECOMPOSITIONS,
     **positions.DECOMPOSITIONS,
 }

@@ -56,7 +56,7 @@ def joint(
     Returns the graph, the tensors its `get_attr` nodes name, and what its ends are, in order. Ends: ("param", name), ("buffer",
     name), ("input", index), ("tangent", output index); ("output", index), ("mutation", role, name), ("grad", role, name).
     """
-    with contextlib.ExitStack() as stack, warnings.catch_warnings(), quiet():
+    with contextlib.ExitStack() as stack, warnings.catch_warnings(), quiet(), _whole():
         warnings.simplefilter("ignore")
         traced = aot_export_joint_with_descriptors(stack, module, args, decompositions=decompositions, **_QUICK).graph_module
     nodes = list(traced.graph.nodes)
@@ -64,6 +64,31 @@ def joint(
     outs = [_end(d) for d in nodes[-1].meta["desc"]]
     constants = {n.target: attribute(traced, n.target) for n in nodes if n.op == "get_attr"}
     return traced.graph, constants, ins, outs
+
+
+# Ops that torch's Python decompositions take apart before autograd sees them: a bicubic resampling becomes 200 nodes.
+_KEPT = (
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+    "hardshrink softshrink"
+)
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """The ops above run as what C++ says they are: one op, with one op as its gradient."""
+    removed = []
+    packets = [getattr(torch.ops.aten, name) for name in _KEPT.split() if hasattr(torch.ops.aten, name)]
+    for op in [getattr(packet, overload) for packet in packets for overload in packet.overloads()]:
+        kernels = {key: op.py_kernels.pop(key) for key in list(op.py_kernels) if key.name in ("Autograd", "CompositeImplicitAutograd")}
+        op._dispatch_cache.clear()
+        removed.append((op, kernels))
+    try:
+        yield
+    finally:
+        for op, kernels in removed:
+            op.py_kernels.update(kernels)
+            op._dispatch_cache.clear()
 
 
 def attribute(module: torch.nn.Module, path: str) -> Any:
