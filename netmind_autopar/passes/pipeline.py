@@ -46,7 +46,11 @@ def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
     strategies = choices_to_strategies(program, rules, plan)
     rules = {**end_rules(program, plan.inputs), **rules}
-    context = Lowering(plan, rules, strategies, Conversions(plan.links(), plan.random_costs), plan.sizes)
+    return run_passes(program, Lowering(plan, rules, strategies, Conversions(plan.links(), plan.random_costs), plan.sizes))
+
+
+def run_passes(program: Program, context: Lowering) -> Program:
+    """All passes, each followed by the check."""
     for step in PASSES:
         before = program
         program = step(program, context)
