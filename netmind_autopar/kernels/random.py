@@ -120,7 +120,8 @@ def _drawer(name: str) -> Callable[..., Tensor]:
 
 def _register(name: str) -> tuple[Any, Callable[..., Tensor]]:
     draw, kind = _drawer(name), _KINDS[name][2]
-    schema = f"(Tensor seed, {kind} a, {kind} b, int salt, ScalarType dtype, int[] shape, int[] parts, int[] starts, int[] lengths) -> Tensor"
+    place = "int[] shape, int[] parts, int[] starts, int[] lengths"
+    schema = f"(Tensor seed, {kind} a, {kind} b, int salt, ScalarType dtype, {place}) -> Tensor"
     op = torch.library.custom_op(f"autopar::{name}", draw, mutates_args=(), schema=schema)
     op.register_fake(lambda seed, a, b, salt, dtype, shape, parts, starts, lengths: seed.new_empty(shape, dtype=dtype))
     return getattr(torch.ops.autopar, name).default, draw

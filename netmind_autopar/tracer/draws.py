@@ -3,7 +3,8 @@
 Torch draws from a stream, so that a number depends on what was drawn before it and on the device. Here it depends on the
 program's seed, the op's salt and the element's place in the global tensor: the same on every mesh, and when computed again.
 `TABLE` maps an op to a function that is called in its place with the op's arguments, the source of randomness and the op's salt.
-Not here, and so refused: what draws a number of times that depends on the numbers (gamma, Dirichlet, Poisson, binomial).
+Not here, and so refused: what draws a number of times that depends on the numbers (gamma, Dirichlet, Poisson, binomial); and
+`x.random_(low, high)`, which torch itself cannot export: its overload is called `from`.
 """
 
 from __future__ import annotations
@@ -54,12 +55,23 @@ def _channels(x: Tensor) -> list[int]:
     return [*x.shape[:2], *(1 for _ in range(x.dim() - 2))]
 
 
-def _own_generator(generator: Any) -> None:
-    if generator is not None:
+def check(node: fx.Node, line: str) -> None:
+    """CaptureError for a call that cannot be drawn as one device draws it, before it is traced: the user's line is still known."""
+    arguments = [*node.args, *node.kwargs.values()]
+    if any(isinstance(a, torch.Generator) for a in arguments) or node.kwargs.get("generator") is not None:
         raise CaptureError(
             "the model draws from a torch.Generator of its own",
+            where=line,
             why="every device would have one, and they would not draw what one device draws",
             try_="leave generator= out: torch.manual_seed then governs what is drawn",
+        )
+    numbers = [a for a in node.args if isinstance(a, int)]
+    if str(node.target).startswith(("aten.randint", "aten.random_")) and max(numbers, default=0) - min(0, *numbers, 0) > 2**62:
+        raise CaptureError(
+            f"{node.target} among more than 2^62 numbers",
+            where=line,
+            why="62 random bits make one number",
+            try_="draw from a smaller range",
         )
 
 
@@ -67,8 +79,7 @@ def _own_generator(generator: Any) -> None:
 
 
 def _factory(kind: str, a: float, b: float) -> Callable[..., Tensor]:
-    def run(size: Sequence[int], *, random: Source, salt: int, dtype: torch.dtype | None = None, generator: Any = None, **_: Any) -> Tensor:
-        _own_generator(generator)
+    def run(size: Sequence[int], *, random: Source, salt: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         return draw(kind, size, dtype or torch.get_default_dtype(), a, b, random, salt)
 
     return run
@@ -82,20 +93,14 @@ def _like(kind: str, a: float, b: float) -> Callable[..., Tensor]:
 
 
 def _randint(low: int, high: int, size: Sequence[int], dtype: torch.dtype | None, random: Source, salt: int) -> Tensor:
-    if high - low > 2**62:
-        raise CaptureError(f"randint over {high - low} numbers", why="up to 2^62 are supported", try_="draw from a smaller range")
     return draw("randint", size, dtype or torch.int64, low, high, random, salt)
 
 
-def randint(high: int, size: Sequence[int], *, random: Source, salt: int, dtype: Any = None, generator: Any = None, **_: Any) -> Tensor:
-    _own_generator(generator)
+def randint(high: int, size: Sequence[int], *, random: Source, salt: int, dtype: Any = None, **_: Any) -> Tensor:
     return _randint(0, high, size, dtype, random, salt)
 
 
-def randint_low(
-    low: int, high: int, size: Sequence[int], *, random: Source, salt: int, dtype: Any = None, generator: Any = None, **_: Any
-) -> Tensor:
-    _own_generator(generator)
+def randint_low(low: int, high: int, size: Sequence[int], *, random: Source, salt: int, dtype: Any = None, **_: Any) -> Tensor:
     return _randint(low, high, size, dtype, random, salt)
 
 
@@ -107,9 +112,8 @@ def randint_like_low(x: Tensor, low: int, high: int, *, random: Source, salt: in
     return _randint(low, high, x.shape, dtype or x.dtype, random, salt)
 
 
-def randperm(n: int, *, random: Source, salt: int, dtype: Any = None, generator: Any = None, **_: Any) -> Tensor:
+def randperm(n: int, *, random: Source, salt: int, dtype: Any = None, **_: Any) -> Tensor:
     """The order of n numbers of 62 bits. Drawn whole on every device."""
-    _own_generator(generator)
     keys = _randint(0, 2**62, [n], torch.int64, random, salt)
     return torch.sort(keys, stable=True)[1].to(dtype or torch.int64)
 
@@ -117,20 +121,18 @@ def randperm(n: int, *, random: Source, salt: int, dtype: Any = None, generator:
 # --- distributions with parameters -----------------------------------------------------------------------------------
 
 
-def bernoulli(x: Tensor, *, random: Source, salt: int, generator: Any = None) -> Tensor:
+def bernoulli(x: Tensor, *, random: Source, salt: int, **_: Any) -> Tensor:
     """One with the probability in x, element by element."""
-    _own_generator(generator)
     wide = x.double() if x.dtype == torch.float64 else x.float()
     return (draw("uniform", x.shape, wide.dtype, 0.0, 1.0, random, salt) < wide).to(x.dtype)
 
 
-def bernoulli_p(x: Tensor, p: float = 0.5, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    _own_generator(generator)
+def bernoulli_p(x: Tensor, p: float = 0.5, *, random: Source, salt: int, **_: Any) -> Tensor:
     return _kept(x.shape, x.dtype if x.dtype.is_floating_point else torch.float32, 1.0 - p, random, salt).to(x.dtype)
 
 
-def bernoulli_tensor(x: Tensor, p: Tensor, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    return bernoulli(p.expand(x.shape), random=random, salt=salt, generator=generator).to(x.dtype)
+def bernoulli_tensor(x: Tensor, p: Tensor, *, random: Source, salt: int, **_: Any) -> Tensor:
+    return bernoulli(p.expand(x.shape), random=random, salt=salt).to(x.dtype)
 
 
 def normal(
@@ -141,11 +143,9 @@ def normal(
     random: Source,
     salt: int,
     dtype: Any = None,
-    generator: Any = None,
     **_: Any,
 ) -> Tensor:
     """torch.normal in all its forms."""
-    _own_generator(generator)
     tensors = [t for t in (mean, std) if isinstance(t, Tensor)]
     if not tensors:
         return draw("normal", size or [], dtype or torch.get_default_dtype(), float(mean), float(std), random, salt)
@@ -157,40 +157,34 @@ def normal(
 def _filling(kind: str, a: float, b: float) -> Callable[..., Tensor]:
     """x with other values, as `x.uniform_(low, high)` has it: x itself is not read."""
 
-    def run(x: Tensor, first: float = a, second: float = b, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-        _own_generator(generator)
+    def run(x: Tensor, first: float = a, second: float = b, *, random: Source, salt: int, **_: Any) -> Tensor:
         return draw(kind, x.shape, x.dtype, float(first), float(second), random, salt)
 
     return run
 
 
-def exponential(x: Tensor, lambd: float = 1.0, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    _own_generator(generator)
+def exponential(x: Tensor, lambd: float = 1.0, *, random: Source, salt: int, **_: Any) -> Tensor:
     return draw("exponential", x.shape, x.dtype, float(lambd), 0.0, random, salt)
 
 
-def geometric(x: Tensor, p: float, *, random: Source, salt: int, generator: Any = None) -> Tensor:
+def geometric(x: Tensor, p: float, *, random: Source, salt: int, **_: Any) -> Tensor:
     """How many trials until the first success, one or more: an exponential of rate -ln(1 - p), rounded up."""
-    _own_generator(generator)
     kind = x.dtype if x.dtype == torch.float64 else torch.float32
     if p >= 1:
         return torch.ones_like(x)
     return draw("exponential", x.shape, kind, -math.log1p(-p), 0.0, random, salt).ceil().clamp_min(1).to(x.dtype)
 
 
-def log_normal(x: Tensor, mean: float = 1.0, std: float = 2.0, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    _own_generator(generator)
+def log_normal(x: Tensor, mean: float = 1.0, std: float = 2.0, *, random: Source, salt: int, **_: Any) -> Tensor:
     return draw("normal", x.shape, x.dtype, mean, std, random, salt).exp()
 
 
-def cauchy(x: Tensor, median: float = 0.0, sigma: float = 1.0, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    _own_generator(generator)
+def cauchy(x: Tensor, median: float = 0.0, sigma: float = 1.0, *, random: Source, salt: int, **_: Any) -> Tensor:
     wide = draw("uniform", x.shape, torch.float64, -0.5, 0.5, random, salt)
     return (torch.tan(wide * math.pi) * sigma + median).to(x.dtype)
 
 
-def random_from(x: Tensor, low: int, high: int | None, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    _own_generator(generator)
+def random_from(x: Tensor, low: int, high: int | None, *, random: Source, salt: int, **_: Any) -> Tensor:
     if high is None:
         digits = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.bool: 1}
         high = 2 ** digits[x.dtype] + 1 if x.dtype in digits and x.dtype != torch.bool else 2 if x.dtype == torch.bool else None
@@ -199,20 +193,17 @@ def random_from(x: Tensor, low: int, high: int | None, *, random: Source, salt: 
     return _randint(low, high, x.shape, x.dtype, random, salt)
 
 
-def random_to(x: Tensor, high: int, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    return random_from(x, 0, high, random=random, salt=salt, generator=generator)
+def random_to(x: Tensor, high: int, *, random: Source, salt: int, **_: Any) -> Tensor:
+    return random_from(x, 0, high, random=random, salt=salt)
 
 
-def random_any(x: Tensor, *, random: Source, salt: int, generator: Any = None) -> Tensor:
-    return random_from(x, 0, None, random=random, salt=salt, generator=generator)
+def random_any(x: Tensor, *, random: Source, salt: int, **_: Any) -> Tensor:
+    return random_from(x, 0, None, random=random, salt=salt)
 
 
-def multinomial(
-    x: Tensor, num_samples: int, replacement: bool = False, *, random: Source, salt: int, generator: Any = None
-) -> Tensor:
+def multinomial(x: Tensor, num_samples: int, replacement: bool = False, *, random: Source, salt: int, **_: Any) -> Tensor:
     """Classes (last dim) by weight. Without replacement, or one alone: the largest of weight / exponential (a race of exponential
     clocks, as torch does it); with it: where a uniform number falls among the running sums."""
-    _own_generator(generator)
     if num_samples == 1 or not replacement:
         kind = x.dtype if x.dtype in (torch.float64, torch.float32) else torch.float32
         race = x.to(kind) / draw("exponential", x.shape, kind, 1.0, 0.0, random, salt)
@@ -257,10 +248,7 @@ def native_dropout(x: Tensor, p: float, train: bool | None = True, *, random: So
     return x * keep * (1.0 / (1.0 - p) if p < 1 else 0.0), keep != 0
 
 
-def rrelu(
-    x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *, random: Source, salt: int, generator: Any = None
-) -> Tensor:
-    _own_generator(generator)
+def rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *, random: Source, salt: int, **_: Any) -> Tensor:
     slope: Tensor | float = draw("uniform", x.shape, x.dtype, float(lower), float(upper), random, salt) if training else (lower + upper) / 2
     return torch.where(x <= 0, x * slope, x)
 
@@ -362,7 +350,6 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.cauchy_.default: _in_place(cauchy),
     _aten.random_.default: _in_place(random_any),
     _aten.random_.to: _in_place(random_to),
-    getattr(_aten.random_, "from"): _in_place(random_from),
     _aten.multinomial.default: multinomial,
     _aten.dropout.default: dropout,
     _aten.dropout_.default: _in_place(dropout),
