@@ -89,7 +89,7 @@ class Functions(nn.Module):
             AddInPlace.apply(z, y)
             return z.square().mean()
         if self.kind == "closure":
-            return Hidden.apply(y, lambda: self.other.weight).square().mean() + self.other(y).mean()
+            return Hidden.apply(y, lambda: self.other.bias).square().mean() + self.other(y).mean()
         if self.kind == "no_grad":
             with torch.no_grad():
                 scale = Modern.apply(y)
@@ -129,7 +129,7 @@ class Refused(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "line", "what"),
     [
-        ("closure", "return x * weight()", "behind autograd's back"),
+        ("closure", "Hidden.apply(self.fc(x), lambda: scale)", "neither argument, parameter nor buffer"),
         ("module", "Hidden.apply(x, self.fc)", "is given a module"),
         ("vmap", "torch.vmap(Modern.apply)", "inside torch.func or vmap"),
         ("grad", "torch.autograd.grad(energy", "computes gradients itself"),

@@ -145,8 +145,8 @@ class _Wrapper(nn.Module):
 
 
 def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str) -> Traced:
+    kept = Kept()
     try:
-        kept = Kept()
         with kept.recording():
             exported = torch_private.export(wrapper, args)
         kept.restore(exported)
@@ -165,7 +165,7 @@ def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, st
     except Exception as error:
         if isinstance(error, AutoparError):
             raise
-        raise explain(error) from error
+        raise explain(error, next(iter(kept.lines), "")) from error
 
 
 def _check_complete(traced: Traced, wrapper: _Wrapper, lines: dict[str, str], mode: str) -> None:

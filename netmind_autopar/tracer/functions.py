@@ -35,6 +35,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.calls: list[Callable[..., Any]] = []
+        self.lines: list[str] = []
         self.inside = False
 
     @contextmanager
@@ -80,6 +81,7 @@ class Kept:
 
         call.__name__ = cls.__name__
         self.calls.append(call)
+        self.lines.append(where_called())
         inputs = [tensor for known, tensor in zip(traced, tensors, strict=True) if known]
         outer: list[Any] = []
 

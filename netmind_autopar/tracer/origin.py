@@ -62,10 +62,15 @@ def line_in(frame: FrameType) -> str:
     return _line(frame.f_code.co_filename, frame.f_lineno)
 
 
-def line_of(function: Any) -> str:
-    """Where a function is defined; "" for one that is not written in Python."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return "" if code is None else _line(code.co_filename, code.co_firstlineno)
+def line_of(function: Any, text: str = "def ") -> str:
+    """The first line of a function's source that holds `text`, else the one where it begins; "" when it has no source in Python."""
+    function = inspect.unwrap(function)
+    try:
+        lines, start = inspect.getsourcelines(function)
+    except (OSError, TypeError):
+        return ""
+    first = next((i for i, line in enumerate(lines) if text in line), next((i for i, line in enumerate(lines) if "def " in line), 0))
+    return _line(inspect.getsourcefile(function) or "", start + first)
 
 
 def _line(path: str, line: int) -> str:

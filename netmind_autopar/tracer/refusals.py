@@ -69,11 +69,11 @@ def data_dependent(line: str) -> CaptureError:
     )
 
 
-def explain(error: Exception) -> AutoparError:
-    """The error to raise for one that came out of a trace."""
+def explain(error: Exception, otherwise: str = "") -> AutoparError:
+    """The error to raise for one that came out of a trace; `otherwise` is the line to name when the error knows none."""
     if isinstance(error, AutoparError):
         return error
-    line = where_raised(error.__traceback__)
+    line = where_raised(error.__traceback__) or otherwise
     if isinstance(error, torch_private.DATA_DEPENDENT):
         return data_dependent(line)
     if data := torch_private.data_dependent_cause(error):
@@ -206,7 +206,7 @@ def writes(name: str, line: str) -> CaptureError:
 def check_result(model: nn.Module, result: Any) -> None:
     """CaptureError when forward returns no tensor, or a number that was taken out of one."""
     template, leaves = flatten(result)
-    line = line_of(type(model).forward)
+    line = line_of(type(model).forward, "return ")
     if any(torch_private.is_symbolic(value) for value in constants(template)):
         raise data_dependent(line)
     if not leaves:

@@ -47,6 +47,10 @@ class Watch:
     def _tensors(self) -> list[str]:
         return [name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())]
 
+    def _line(self, path: str, key: str) -> str:
+        """The line of the module's forward that names the attribute, or where forward begins."""
+        return line_of(type(self.model.get_submodule(path)).forward, f".{key}")
+
     def changed(self) -> list[tuple[str, str]]:
         now = self._attributes()
         return [key for key in {**self.before, **now} if self.before.get(key, (None,))[0] != now.get(key, (None,))[0]]
@@ -65,7 +69,7 @@ class Watch:
         if made := [name for name in self._tensors() if name not in self.names]:
             raise CaptureError(
                 f"forward makes the parameter or buffer {made[0]}",
-                where=line_of(type(self.model.get_submodule(made[0].rpartition(".")[0])).forward),
+                where=self._line(*made[0].rpartition(".")[::2]),
                 why="it does not exist yet when the model is planned, and no optimizer knows it",
                 try_="make it in __init__",
             )
@@ -84,7 +88,7 @@ class Watch:
         if not same:
             raise CaptureError(
                 f"{f'{path}.{key}' if path else key} changes from call to call, and forward computes with it",
-                where=line_of(type(self.model.get_submodule(path)).forward),
+                where=self._line(path, key),
                 why="a plain attribute is a constant of the graph; the second call would compute something else than the first",
                 try_=f'keep it in a buffer, self.register_buffer("{key}", torch.zeros(...)), and update it with tensor operations',
             )
