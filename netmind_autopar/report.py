@@ -302,10 +302,10 @@ def _replicated(plan: Plan, show_all: bool) -> Group:
 
 
 def _learnt(rules: Sequence[tuple[str, str]]) -> Group:
-    table = _table("operation", "rule")
-    for op, rule in rules:
-        table.add_row(op, rule)
-    return _section("Rules of operations that no table lists, found by running them or given by hand", table)
+    """One line each, however long."""
+    title = Text("Rules of operations that no table lists, found by running them or given by hand", style="bold")
+    lines = [Text(f"{op.removesuffix('.default')}   {rule}", no_wrap=True, overflow="ignore") for op, rule in rules]
+    return Group(title, *lines)
 
 
 def _choices(plan: Plan) -> Group:

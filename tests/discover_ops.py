@@ -272,17 +272,17 @@ def positions(x: Tensor) -> Tensor:
     return x + torch.arange(x.shape[0], device=x.device)[:, None]
 
 
-@false("! b -> ! b", F(640, 32))
-def far_positions(x: Tensor) -> Tensor:  # rows beyond the 500th are others
+@false("+! b -> ! b", F(640, 32))
+def far_positions(x: Tensor) -> Tensor:  # rows beyond the 500th are others; linear, so terms do add up
     return torch.where((torch.arange(x.shape[0], device=x.device) >= 500)[:, None], 2 * x, x)
 
 
-@false("! b -> ! b", F(64, 32))
+@false("+! b -> ! b", F(64, 32))
 def large_batches(x: Tensor) -> Tensor:
     return x - x.mean(0) if x.shape[0] >= 32 else x * 1.0
 
 
-@false("! ! -> ! !", F(64, 64))
+@false("+! ! -> ! !", F(64, 64))
 def large_calls(x: Tensor) -> Tensor:
     return x - x.mean() if x.numel() >= 4096 else x * 1.0
 
@@ -325,7 +325,7 @@ def sorted_(x: Tensor) -> Tensor:
     return x.sort().values
 
 
-@false("! b, ! -> ! b", F(64, 32), I(64))
+@false("! a, b -> b a", F(64, 32), I(64))
 def wrapped_lookup(x: Tensor, ids: Tensor) -> Tensor:
     return x[ids % x.shape[0]].tanh()
 

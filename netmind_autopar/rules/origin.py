@@ -79,7 +79,7 @@ def _files(functions: Iterable[types.FunctionType]) -> list[Path | None]:
     """Source files of the kernels' modules and of the user's modules these can see, in a fixed order; None for one without a file."""
     waiting = list(dict.fromkeys(f.__module__ for f in functions))
     roots = {name.split(".")[0] for name in waiting}
-    found: dict[str, Path | None] = {}
+    found: dict[str, Path | None] = {name: None for name in waiting if name not in sys.modules}
     while waiting and len(found) < MAX_MODULES:
         name = waiting.pop(0)
         module = sys.modules.get(name)
@@ -87,7 +87,7 @@ def _files(functions: Iterable[types.FunctionType]) -> list[Path | None]:
             continue
         path = getattr(module, "__file__", None)
         root = name.split(".")[0]
-        if found and root not in roots and (root in FOREIGN or path is None or "site-packages" in path or "dist-packages" in path):
+        if root not in roots and (root in FOREIGN or path is None or "site-packages" in path or "dist-packages" in path):
             continue
         found[name] = Path(path) if path else None
         for value in list(vars(module).values()):
