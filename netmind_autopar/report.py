@@ -127,19 +127,13 @@ def plan_report(
 ) -> Group:
     """The whole report. learnt: (op, rule) of ops that no table lists. `show_all` adds every choice of the plan file and whole tables."""
     parts: list[RenderableType] = [_header(plan, title), Text(), _time(plan.cost), Text(), _memory(plan)]
-    if parameters:
-        parts += [Text(), _parameters(plan, parameters, show_all)]
-    if work:
-        parts += [Text(), _work(plan, work, show_all)]
+    parts += [Text(), _parameters(plan, parameters, show_all)] if parameters else []
+    parts += [Text(), _work(plan, work, show_all)] if work else []
     parts += [Text(), _collectives(plan)]
-    if sent:
-        parts += [Text(), _conversions(sent, show_all)]
-    if learnt:
-        parts += [Text(), _learnt(learnt)]
-    if plan.replicated:
-        parts += [Text(), _replicated(plan, show_all)]
-    if show_all:
-        parts += [Text(), _choices(plan)]
+    parts += [Text(), _conversions(sent, show_all)] if sent else []
+    parts += [Text(), _learnt(learnt)] if learnt else []
+    parts += [Text(), _replicated(plan, show_all)] if plan.replicated else []
+    parts += [Text(), _choices(plan)] if show_all else []
     return Group(*parts)
 
 
@@ -302,10 +296,8 @@ def _replicated(plan: Plan, show_all: bool) -> Group:
 
 
 def _learnt(rules: Sequence[tuple[str, str]]) -> Group:
-    """One line each, however long."""
-    title = Text("Rules of operations that no table lists, found by running them or given by hand", style="bold")
-    lines = [Text(f"{op.removesuffix('.default')}   {rule}", no_wrap=True, overflow="ignore") for op, rule in rules]
-    return Group(title, *lines)
+    lines = [Text(f"{op.removesuffix('.default')}   {rule}") for op, rule in rules]
+    return Group(Text("Rules of operations that no table lists, found by running them or given by hand", style="bold"), *lines)
 
 
 def _choices(plan: Plan) -> Group:
