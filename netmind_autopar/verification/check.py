@@ -27,8 +27,12 @@ NO_OPERATION = "no operation: the captured graph itself differs from the model"
 
 @dataclass(frozen=True)
 class Failure:
-    """What a failing comparison computed: enough to find it again, smaller. `state` holds the global value of every placeholder."""
+    """What a failing comparison computed: enough to find it again, smaller. `state` holds the global value of every placeholder.
 
+    base: the captured program; `program` is that one, or that one in float64, and `lowered` follows it.
+    """
+
+    base: Program
     program: Program
     lowered: Program
     plan: Plan
@@ -196,7 +200,7 @@ class _Run:
 
     def _failure(self, program: Program, lowered: Program, state: dict[str, Tensor]) -> Failure | None:
         difference = first_difference(program, lowered, self.plan.sizes, state)
-        return None if difference is None else Failure(program, lowered, self.plan, state, difference)
+        return None if difference is None else Failure(self.program, program, lowered, self.plan, state, difference)
 
     def _compared(
         self, step: int, expected: Sequence[Tensor], found: Sequence[Sequence[Tensor]], lowered: Program, *, exact: bool = False

@@ -7,7 +7,7 @@ op is blamed only for more than its own *noise*: what becomes of the captured op
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..ir.mesh import coordinates
 from ..ir.program import Program, is_getitem, op_name, source, tensor_args
-from ..ir.spec import Spec, shard
+from ..ir.spec import Partial, Replicate, Spec, shard
 from ..runtime import simulate
 from ..runtime.collectives import bucket, move
 from .judge import distance, magnitude, rank_errors, tolerance, wholes, worst
@@ -40,6 +40,8 @@ class Difference:
     error: float
     index: int = 0
     trouble: str = ""
+    expected: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)  # per rank, terms combined
+    found: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         what = self.origin if self.what == self.origin or self.what.startswith(("aten.", "autopar.")) else f"{self.what} of {self.origin}"
@@ -82,7 +84,8 @@ def first_difference(program: Program, lowered: Program, sizes: tuple[int, ...],
             if errors is not None and not _is_noise(program, origin, index, truth, value, parts, spec, sizes, largest):
                 limit = strictness * tolerance(value.dtype)
                 wrong = tuple(r for r, e in enumerate(errors) if not e <= limit)
-                return _described(program, node, origin, index, str(spec), wrong, worst(errors))
+                report = _described(program, node, origin, index, str(spec), wrong, worst(errors))
+                return replace(report, expected=tuple(_expected(value, spec, sizes)), found=tuple(_combined(parts, spec, sizes)))
     if trouble:
         order = [n for n in lowered.graph.nodes if n.op in ("call_function", "get_attr")]
         node = order[len(reached)]
@@ -141,6 +144,19 @@ def origin_of(node: fx.Node, known: Mapping[str, Any]) -> tuple[str, int]:
         node = node.args[0]
 
 
+def _expected(value: Tensor, spec: Spec, sizes: tuple[int, ...]) -> list[Tensor]:
+    whole = spec.with_placements(Replicate() if isinstance(p, Partial) else p for p in spec.placements)
+    return [shard(value, whole, sizes, c) for c in coordinates(sizes)]
+
+
+def _combined(parts: list[Tensor], spec: Spec, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Every rank's tensor with terms combined; as they are when their shapes do not fit each other."""
+    try:
+        return wholes(parts, spec, sizes)[0]
+    except RuntimeError:
+        return parts
+
+
 def _errors(value: Tensor, parts: list[Tensor], spec: Spec, sizes: tuple[int, ...], strictness: float) -> list[float] | None:
     """Errors per rank when any is above `strictness` tolerances, else None."""
     try:
@@ -165,7 +181,7 @@ def _is_noise(
     node = program.node(origin)
     if node.op != "call_function" or not (value.is_floating_point() or value.is_complex()):
         return False
-    pieces, _ = wholes([shard(value, spec, sizes, c) for c in coordinates(sizes)], spec, sizes)
+    pieces = _expected(value, spec, sizes)
     if any(p.shape != t.shape for p, t in zip(pieces, parts, strict=True)) or not torch.isfinite(value).all():
         return False
     generator = torch.Generator().manual_seed(0)

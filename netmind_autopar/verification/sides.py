@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ..ir.errors import InputError
 from ..ir.mesh import coordinates
 from ..ir.program import Output, Program, values
-from ..ir.spec import Spec, shard
+from ..ir.spec import Partial, Replicate, Spec, shard
 from ..runtime import simulate
 from ..tracer.signature import flatten, sample_call
 from .perturb import noisy, noisy_input, varied_indices
@@ -202,6 +202,31 @@ def captured(program: Program, state: State) -> list[Tensor]:
 
 def ranks(lowered: Program, sizes: tuple[int, ...], state: State, observe: simulate.Observer | None = None) -> list[list[Tensor]]:
     """The program's results as every rank computes them from its piece of `state`."""
-    pieces = {name: [shard(v, lowered.specs[name], sizes, c).clone() for c in coordinates(sizes)] for name, v in state.items()}  # type: ignore[arg-type]
+    pieces = {name: deal(value, lowered.specs[name], sizes) for name, value in state.items()}  # type: ignore[arg-type]
     with torch.no_grad():
         return simulate.run(lowered, sizes, pieces, observe)
+
+
+def deal(value: Tensor, spec: Spec, sizes: tuple[int, ...]) -> list[Tensor]:
+    """The local tensors of all ranks. Of a Partial every rank gets a term of its own, none of them zero or alike."""
+    partial = [(axis, p.op) for axis, p in enumerate(spec.placements) if isinstance(p, Partial) and sizes[axis] > 1]
+    out = []
+    for coord in coordinates(sizes):
+        piece = shard(
+            value.detach(), spec.with_placements(Replicate() if isinstance(p, Partial) else p for p in spec.placements), sizes, coord
+        )
+        for axis, op in partial:
+            piece = _term(piece, op, coord[axis], sizes[axis])
+        out.append(piece.clone())
+    return out
+
+
+def _term(x: Tensor, op: str, i: int, n: int) -> Tensor:
+    exact = not (x.is_floating_point() or x.is_complex())
+    if op != "sum":  # the last one has the maximum or minimum itself
+        off = (n - 1 - i) if exact else (n - 1 - i) / n
+        return x - off if op == "max" else x + off
+    if exact:
+        return torch.full_like(x, i) if i else x - n * (n - 1) // 2
+    weights = [(-1.0) ** j * (1 + j / 4) / n for j in range(1, n)]
+    return x * (weights[i - 1] if i else 1 - sum(weights))
