@@ -148,3 +148,22 @@ GROUPS: dict[str, str] = {
     "index_fill": "index_fill.int_Scalar index_fill.int_Tensor",
     "along_index write": "scatter_reduce.two scatter.reduce scatter.value_reduce index_reduce",
 }
+
+# Ops of the core ATen opset that have no row, and why.
+_MADE = "says a size or stride, which is a number at capture"
+_DRAWN = "capture draws by counters instead (autopar.uniform, normal, randint, dropout)"
+WITHOUT: dict[str, str] = {
+    "aten._embedding_bag.default": "capture makes it autopar.embedding, or autopar.embedding_bag; scaled by frequency it runs whole",
+    "aten._local_scalar_dense.default": "a number that depends on values: refused at capture",
+    "aten.nonzero.default": "a shape that depends on values: refused at capture",
+    "aten.as_strided.default": "capture makes it views, or reads at positions: strides are facts of one device's memory",
+    "aten.sym_is_contiguous.default": _MADE,
+    "aten.sym_numel.default": _MADE,
+    "aten.sym_size.int": _MADE,
+    "aten.sym_storage_offset.default": _MADE,
+    "aten.sym_stride.int": _MADE,
+    "aten.native_dropout.default": _DRAWN,
+    "aten.rand.default": _DRAWN,
+    "aten.randn.default": _DRAWN,
+    "aten.randperm.default": _DRAWN,
+}

@@ -19,9 +19,9 @@ from torch import Tensor, fx
 
 from .. import kernels  # noqa: F401 - registers the namespace
 from ..ir.errors import CaptureError
-from . import draws, images, positions
+from . import draws, images, linalg, positions, recurrent
 from .draws import dropped
-from .losses import cross_entropy, nll_loss, reduced
+from .losses import cross_entropy, fuse, logsumexp, nll_loss, reduced
 
 _aten = torch.ops.aten
 _own = torch.ops.autopar
@@ -192,8 +192,10 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.nll_loss_nd.default: nll_loss,
     _aten.nll_loss.default: nll_loss,
     _aten.nll_loss2d.default: nll_loss,
+    _aten.logsumexp.default: logsumexp,
     _aten.batch_norm.default: batch_norm,
     _aten._grouped_mm.default: grouped_mm,
+    **linalg.TABLE,
     **positions.TABLE,
     _aten.mse_loss.default: reduced(_aten.mse_loss.default, 2),
     _aten.l1_loss.default: reduced(_aten.l1_loss.default, 2),
@@ -203,10 +205,11 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.kl_div.default: reduced(_aten.kl_div.default, 2),
     _aten.binary_cross_entropy.default: reduced(_aten.binary_cross_entropy.default, 3),
     **draws.TABLE,
+    **recurrent.TABLE,
 }
 # Ops of other libraries, which need not be there.
 BY_NAME: dict[str, Callable[..., Any]] = {"transformers.grouped_mm_fallback.default": grouped_mm}
-_DRAWS = {attention, *draws.TABLE.values()}
+_DRAWS = {attention, *draws.TABLE.values(), *recurrent.TABLE.values()}
 
 
 def refuse_random(node: fx.Node, line: str | None) -> None:
@@ -226,6 +229,7 @@ def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
+            fuse(node)
             if own := TABLE.get(node.target) or BY_NAME.get(str(node.target)):
                 if own in _DRAWS:
                     draws.check(node, node.meta.get("stack_trace") or "")
@@ -279,6 +283,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.var.correction: _var,
     _aten.var_mean.correction: _var_mean,
     _aten.std.correction: _std,
+    **linalg.DECOMPOSITIONS,
     **images.DECOMPOSITIONS,
     **positions.DECOMPOSITIONS,
 }
