@@ -19,6 +19,7 @@ from netmind_autopar.runtime.collectives import move
 from netmind_autopar.solver.build import collect
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.hash import graph_hash
+from netmind_autopar.tracer.losses import logsumexp
 from netmind_autopar.verification import compare
 
 ops = torch.ops.autopar
@@ -178,3 +179,56 @@ def test_blocks_of_rows_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = loss.sum_exp(x, x.amax(1)), loss.cross_entropy_backward(grad, x, target, lse, 0, 0.9, 0.01)
     assert all(map(torch.equal, whole, parts))
     assert torch.equal(loss.cross_entropy_backward(grad, x.t().contiguous().t(), target, lse, 0, 0.9, 0.01), parts[1])
+
+
+class Scores(nn.Module):
+    """A log-sum-exp over a dim of projected features."""
+
+    def __init__(self, dim: int, keepdim: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.dim, self.keepdim = nn.Linear(6, 9, dtype=torch.float64), dim, keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.proj(x)
+        out = torch.logsumexp(scores, self.dim, self.keepdim)
+        return (scores - out).square().sum() if self.keepdim else out.square().sum()
+
+
+@pytest.mark.parametrize(("dim", "keepdim"), [(-1, False), (1, True), (0, False)])
+def test_logsumexp_of_a_split_dim(dim: int, keepdim: bool) -> None:
+    model, inputs = Scores(dim, keepdim), {"x": torch.randn(5, 7, 6, dtype=torch.float64)}
+    program = capture(model, inputs)
+    rules = bind_program(program)
+    total = next(n for n in program.graph.nodes if str(n.target) == "autopar.sum_exp.default")
+    assert any(letter.startswith("c") for letter in rules[total.name].letters)
+    for mesh, seed in (("a=2,b=2", 0), ("a=2,b=2", 1), ("a=3", 0), ("a=3", 1)):
+        plan = random_plan(program, rules, mesh, seed, idle=0.05)
+        report = compare(model, inputs, program, lower(program, rules, plan), plan)
+        assert report.ok and report.max_rel_error <= 1e-12, f"{seed}: {report.max_rel_error:.2g} {report.first_difference}"
+
+
+def test_logsumexp_of_infinities() -> None:
+    inf = float("inf")
+    x = torch.tensor([[1.0, -inf], [-inf, -inf], [inf, 1.0]], dtype=torch.float64)
+    assert torch.equal(logsumexp(x, [1]), torch.logsumexp(x, 1))
+    assert torch.equal(logsumexp(x, [0, 1]), torch.logsumexp(x, (0, 1)))
+
+
+@pytest.mark.parametrize("options", [{}, {"weighted": True}, {"reduction": "sum"}], ids=str)
+def test_a_loss_written_apart_is_one(options: dict[str, Any]) -> None:
+    """log_softmax and nll_loss as two calls become the pieces of cross-entropy; a log-softmax that is used again stays."""
+    program = capture(Classifier(97, apart=True, **options), batch(97, (7,)))
+    ops_used = {str(n.target) for n in program.graph.nodes}
+    assert "autopar.sum_exp.default" in ops_used and "aten._log_softmax.default" not in ops_used
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        logp = F.log_softmax(x, 1)
+        return F.nll_loss(logp, labels) + logp.exp().square().mean()
+
+
+def test_a_log_softmax_that_is_used_again_stays() -> None:
+    program = capture(Twice(), {"x": torch.randn(4, 5, requires_grad=True), "labels": torch.tensor([0, 1, 2, 3])})
+    assert "aten._log_softmax.default" in {str(n.target) for n in program.graph.nodes}

@@ -1,19 +1,72 @@
 """Losses before autograd: rewritten so that a split batch, or split classes, give the loss of all of them.
 
-Functions that `normalize.TABLE` calls in place of ATen's losses, with the same arguments.
+Functions that `normalize.TABLE` calls in place of ATen's losses, with the same arguments; and `fuse`, which looks at a node first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .. import kernels  # noqa: F401 - registers the namespace
 
+_aten = torch.ops.aten
 _own = torch.ops.autopar
+
+
+def fuse(node: fx.Node) -> None:
+    """`nll_loss(log_softmax(x))`, written apart, is a cross-entropy: it saves no second tensor of logits, and its classes split.
+
+    Only where nothing else uses the log-softmax, which is then dead.
+    """
+    if node.target not in (_aten.nll_loss_nd.default, _aten.nll_loss.default, _aten.nll_loss2d.default) or node.kwargs:
+        return
+    logp = node.args[0]
+    if (
+        isinstance(logp, fx.Node)
+        and logp.target is _aten.log_softmax.int
+        and len(logp.users) == 1
+        and len(logp.args) == 2
+        and not logp.kwargs
+    ):
+        node.target, node.args = _log_softmax_nll, (*logp.args, *node.args[1:])
+
+
+def _log_softmax_nll(x: Tensor, dim: int, target: Tensor, *rest: Any) -> Tensor:
+    """The dim of the classes is known only now."""
+    if dim % x.dim() == min(1, x.dim() - 1):
+        return cross_entropy(x, target, *rest)
+    return nll_loss(torch.log_softmax(x, dim), target, *rest)
+
+
+def logsumexp(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
+    """Over one dim of floating point: from pieces that split it. Anything else stays one op."""
+    if len(dims) != 1 or not x.is_floating_point() or not x.dim() or not x.numel():
+        return _aten.logsumexp.default(x, dims, keepdim)
+    dim = dims[0] % x.dim()
+    out = _LogSumExp.apply(x.movedim(dim, -1) if dim != x.dim() - 1 else x)
+    return out.unsqueeze(dim) if keepdim else out
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Over the last dim; torch's own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        largest = x.amax(-1)
+        largest = largest.masked_fill(largest.isinf(), 0)  # a row of infinities alone has no other difference to them than nan
+        total = _own.sum_exp.default(x.reshape(-1, x.shape[-1]), largest.reshape(-1)).reshape(largest.shape)
+        out = (total.log() + largest).to(x.dtype)
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, out = ctx.saved_tensors
+        return grad.unsqueeze(-1) * (x - out.unsqueeze(-1)).exp()
 
 
 def _classes_last(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
