@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from netmind_autopar.costs.compute import node_seconds
 from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.ir.errors import InputError, RuleError, UnknownOpError
 from netmind_autopar.ir.program import op_name
+from netmind_autopar.passes.emit import emit
 from netmind_autopar.passes.pipeline import lower
 from netmind_autopar.rules import cache, learnt
 from netmind_autopar.rules.algebra import Rule
@@ -358,6 +360,14 @@ def test_the_chosen_plan_splits_the_custom_ops() -> None:
     assert report.ok, f"{report.max_rel_error:.2g} {report.first_difference}"
 
 
+def test_emitted_code_names_the_users_ops() -> None:
+    program, rules = example()[2:]
+    plan = random_plan(program, rules, "a=2", 0)
+    source = emit(lower(program, rules, plan), plan)
+    for op in ("gated_norm", "gated_norm_backward", "energy", "energy_backward"):
+        assert len(re.findall(rf"= torch\.ops\.custom_op_example\.{op}\.default\(", source)) == (2 if "gated" in op else 1)
+
+
 def test_what_replicated_ops_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seconds in the plan are those of the nodes themselves, run whole; with the others they make up the step."""
     monkeypatch.setenv("AUTOPAR_DISCOVER", "0")
@@ -384,3 +394,44 @@ def test_all_ranks_use_what_rank_zero_found(monkeypatch: pytest.MonkeyPatch) -> 
     learnt.share(calls, lambda make: sent[0])
     assert [str(rule_for(n)) for n in nodes] == before
     assert len(learnt._TOLD) == len(nodes)
+
+
+WORKER = """
+import copy, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+rank, world, store, example = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
+sys.path.insert(0, example)
+import custom_op
+from netmind_autopar import autoparallelize
+from netmind_autopar.rules import learnt
+searched, search = [], learnt.discover
+learnt.discover = lambda call: searched.append(call) or search(call)
+torch.manual_seed(0)
+model, x = custom_op.tiny().double(), custom_op.tiny_inputs().double()
+original = copy.deepcopy(model)
+pm = autoparallelize(model, x, init_device_mesh("cpu", (world,), mesh_dim_names=("a",)), random_costs=1)
+loss, expected = pm(x), original(x)
+loss.backward()
+expected.backward()
+torch.testing.assert_close(getattr(loss, "full_tensor", lambda: loss)(), expected, rtol=1e-9, atol=1e-12)
+grads = dict(pm.named_parameters())
+for name, p in original.named_parameters():
+    torch.testing.assert_close(grads[name].grad.full_tensor(), p.grad, rtol=1e-9, atol=1e-12)
+assert any(("gated_norm" in k or "energy" in k) and v != "-" for k, v in pm.plan.choices.items())
+assert bool(searched) == (rank == 0)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_real_processes_share_one_search(tmp_path: Path) -> None:
+    env = {**os.environ, "AUTOPAR_CACHE": "off", "OMP_NUM_THREADS": "1"}
+    arguments = [str(tmp_path / "store"), str(EXAMPLES)]
+    started = [subprocess.Popen([sys.executable, "-c", WORKER, str(r), "3", *arguments], env=env, stderr=subprocess.PIPE) for r in range(3)]
+    errors = [p.communicate(timeout=400)[1].decode() for p in started]
+    assert [p.returncode for p in started] == [0, 0, 0], "\n".join(errors)[-3000:]

@@ -202,6 +202,8 @@ def _call(node: fx.Node, writer: _Writer) -> str:
     namespace, _, op = str(node.target).partition(".")
     if namespace == "autopar":  # called as the plain function it is: nothing here needs the dispatcher
         op = op.removesuffix(".default")
+    elif namespace != "aten":  # prims, or an op of the user's
+        namespace = f"torch.ops.{namespace}"
     return f"{namespace}.{op}({', '.join([*args, *kwargs])})"
 
 
