@@ -23,7 +23,7 @@ from .solver.explain import ClassRow, ConversionRow
 
 BAR = 24  # columns of a full bar
 DIMS = ("rows", "columns")
-HEAVY = ("mm", "addmm", "bmm", "convolution", "attention", "embedding", "_softmax", "_log_softmax", "nll_loss")
+HEAVY = ("mm", "addmm", "bmm", "convolution", "attention", "embedding", "_softmax", "_log_softmax", "nll_loss", "sum_exp")
 PARTS = (("compute", "compute_s"), ("communication", "communication_s"), ("recomputation", "recompute_s"), ("transfers", "transfer_s"))
 
 
