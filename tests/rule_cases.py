@@ -39,11 +39,13 @@ def _attention(shape: tuple[int, ...], kv: int, t: int, causal: bool, p: float, 
     )
 
 
-def _conv(x: tuple[int, ...], w: tuple[int, ...], groups: int, bias: bool, transposed: bool, mask: list[bool]) -> Iterator[Case]:
+def _conv(
+    x: tuple[int, ...], w: tuple[int, ...], groups: int, bias: bool, transposed: bool, mask: list[bool], dilation: int = 1
+) -> Iterator[Case]:
     rank = len(x) - 2
     channels = w[1] * groups if transposed else w[0]
     image, weight = F(*x), F(*w)
-    rest = ([2] * rank, [1] * rank, [1] * rank, transposed, [0] * rank, groups)
+    rest = ([2] * rank, [1] * rank, [dilation] * rank, transposed, [int(transposed)] * rank, groups)
     y = A.convolution(image, weight, None, *rest)
     yield "aten.convolution.default", (image, weight, F(channels) if bias else None, *rest), {}
     yield "aten.convolution_backward.default", (torch.randn_like(y), image, weight, [channels] if bias else None, *rest, mask), {}
@@ -81,7 +83,7 @@ def _listed() -> Iterator[Case]:
         yield "autopar.nll_loss.default", (F(k, n), I(n, k), 1), {}
         yield "autopar.nll_loss_backward.default", (F(), I(n, k), n, 1), {}
         yield "autopar.sum_exp.default", (F(k, n), F(k)), {}
-        yield "autopar.pick.default", (F(k, n), I(n + 1, k) - 1, 0), {}
+        yield "autopar.pick.default", (F(k, n), I(n + 1, k) - 1, 0, n, -1), {}
         yield "autopar.cross_entropy_backward.default", (F(k), F(k, n), I(n, k), F(k), 0, 0.9, 0.01), {}
         for name, a, b, dtype in (
             ("uniform", -1.0, 2.0, torch.float32),
@@ -111,7 +113,24 @@ def _listed() -> Iterator[Case]:
     yield from _reductions()
     yield from _cuts()
     yield from _indexing()
+    yield from _recurrent()
     yield from _blocks()
+
+
+def _recurrent() -> Iterator[Case]:
+    for t, b, h in ((3, 4, 6), (2, 5, 7)):
+        gates, hidden, cell, weight = F(t, b, 4 * h), F(b, h), F(b, h), F(4 * h, h)
+        out, cells, acts = K.lstm(gates, hidden, cell, weight)
+        yield "autopar.lstm.default", (gates, hidden, cell, weight), {}
+        yield "autopar.lstm_backward.default", (torch.randn_like(out), torch.randn_like(out), acts, cells, cell, weight), {}
+        gates, weight = F(t, b, 3 * h), F(3 * h, h)
+        out, acts = K.gru(gates, hidden, weight, F(3 * h))
+        yield "autopar.gru.default", (gates, hidden, weight, F(3 * h)), {}
+        yield "autopar.gru_backward.default", (torch.randn_like(out), acts, out, hidden, weight), {}
+        gates, weight = F(t, b, h), F(h, h)
+        for relu in (False, True):
+            yield "autopar.rnn.default", (gates, hidden, weight, relu), {}
+            yield "autopar.rnn_backward.default", (F(t, b, h), K.rnn(gates, hidden, weight, relu), weight, relu), {}
 
 
 def _norms() -> Iterator[Case]:
@@ -153,6 +172,10 @@ def _images() -> Iterator[Case]:
     yield from _conv((3, 4, 9), (4, 1, 3), 4, True, False, [True, True, False])
     yield from _conv((3, 4, 5, 5), (4, 3, 3, 3), 2, True, True, [True, True, False])
     yield from _conv((2, 5, 5, 5), (5, 3, 3, 3), 1, False, True, [True, True, True])
+    yield from _conv((4, 5, 9, 8), (7, 5, 3, 2), 1, True, False, [True, True, False], 2)
+    yield from _conv((3, 6, 4, 5, 4), (4, 3, 2, 3, 2), 2, True, False, [True, True, False])
+    yield from _conv((3, 6, 4, 3, 4), (6, 2, 2, 3, 2), 3, True, True, [True, True, False])
+    yield from _conv((4, 7, 6), (7, 5, 3), 1, True, True, [True, True, False], 2)
     for shape in ((4, 6, 8, 8), (5, 3, 7, 7)):
         n, c, h, w = shape
         grad, x, indices = _pool(shape)

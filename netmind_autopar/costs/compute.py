@@ -64,7 +64,8 @@ CPU = {
 }
 
 CLASSES = {
-    "matmul": "mm addmm bmm baddbmm mv addmv dot linear _grouped_mm grouped_mm grouped_mm_backward",
+    "matmul": "mm addmm bmm baddbmm mv addmv dot linear _grouped_mm grouped_mm grouped_mm_backward "
+    "lstm lstm_backward gru gru_backward rnn rnn_backward",
     "convolution": "convolution convolution_backward",
     "attention": "attention attention_backward",
     "transcendental": "gelu gelu_backward exp tanh sigmoid silu silu_backward log erf sin cos pow _softmax _log_softmax softplus mish "
@@ -180,7 +181,14 @@ def _attention(first: int, factor: float) -> Callable[[fx.Node], float]:
     return count
 
 
+def _recurrent(node: fx.Node) -> float:
+    """Every step multiplies the states of a batch with the recurrent weight, or their gradient with its transpose."""
+    weight = fx.node.map_arg(_argument(node, "weight"), lambda n: n.meta["val"])
+    return 2.0 * math.prod(_shape(node, 0)[:2]) * weight.numel()
+
+
 _FLOPS: dict[str, Callable[[fx.Node], float]] = {
+    **dict.fromkeys(("lstm", "lstm_backward", "gru", "gru_backward", "rnn", "rnn_backward"), _recurrent),
     "mm": _matmul(0),
     "bmm": _matmul(0),
     "mv": _matmul(0),

@@ -70,8 +70,9 @@ def _recurrent(op: Any, layer: Layer, many: bool) -> Callable[..., Any]:
                 zero = weight.new_zeros(weight.shape[0])
                 steps = x.flip(0) if way else x
                 gates = torch.nn.functional.linear(steps, into, biases[0] if biases else None)
-                begin = [s[at].to(gates.dtype) for s in states]
-                out, ends = layer(gates, begin, weight.to(gates.dtype), (biases[1] if biases else zero).to(gates.dtype))
+                begin = [s[at] for s in states]
+                kind = begin[0].dtype  # under autocast, what the layer returns is of the states' dtype
+                out, ends = layer(gates.to(kind), begin, weight.to(kind), (biases[1] if biases else zero).to(kind))
                 outs.append(out.flip(0) if way else out)
                 last.append(ends)
             x = torch.cat(outs, -1) if bidirectional else outs[0]
