@@ -23,7 +23,7 @@ from netmind_autopar.rules.localize import localize_args
 from netmind_autopar.rules.prove import prove, sample
 from netmind_autopar.rules.table import TABLE, rule_for, rule_of
 
-MESHES = ((2,), (3,), (2, 2))
+MESHES = ((2,), (3,), (4,), (2, 2))
 BY_OP: dict[str, list] = {}
 for _case in CASES:
     BY_OP.setdefault(_case[0], []).append(_case)
@@ -36,19 +36,34 @@ def test_every_row_has_a_case():
     assert set(TABLE) == set(BY_OP)
 
 
-@pytest.mark.parametrize("name", sorted(BY_OP))
-def test_row(name):
-    """Every strategy of every case computes what the whole op computes; so it does when letters are refined."""
+def proofs(name):
+    """(call, rule, mesh, strategies) of all that is proven about one op: every strategy of every case on every mesh, and a sample of
+    those of refined letters."""
     for case in BY_OP[name]:
         call = make(case)
         rule = rule_of(call)
-        assert rule.known
+        assert rule.known, f"no rule for {case[0]} of {call.shapes}"
         for mesh in MESHES:
-            assert prove(rule, call, mesh) == []
+            yield call, rule, mesh, strategies(rule, mesh)
         finer = refine(rule, _some_cuts(rule))
         if finer is not rule:
-            assert prove(finer, call, (2,)) == []
-            assert prove(finer, call, (2, 2), _sparse(strategies(finer, (2, 2)))) == []
+            for mesh in ((2,), (3,), (2, 2)):
+                yield call, finer, mesh, _sparse(strategies(finer, mesh))
+
+
+@pytest.mark.parametrize("name", sorted(BY_OP))
+def test_row(name):
+    """Every strategy of every case computes what the whole op computes; so it does when letters are refined."""
+    for call, rule, mesh, found in proofs(name):
+        assert prove(rule, call, mesh, found) == []
+
+
+def test_there_are_tens_of_thousands_of_proofs(capsys):
+    """All that `test_row` proves, counted: (row, case, strategy, mesh)."""
+    count = sum(len(found) for name in BY_OP for *_, found in proofs(name))
+    with capsys.disabled():
+        print(f" {count} proofs of {len(CASES)} calls of {len(BY_OP)} ops", end="")
+    assert count >= 40_000
 
 
 def _some_cuts(rule: Rule) -> dict[str, tuple[int, ...]]:
@@ -92,6 +107,21 @@ EXPECTED = {
     "aten.gather.default": "*a b! c, a k c -> a k c",
     "aten.scatter_add.default": "+a b! c, a k c, a k c -> a b! c",
     "autopar.embedding.default": "*v d, d0 d1 -> d0 d1 d",
+    "autopar.index.default": "*a b c, d e -> a d e c",
+    "autopar.index_put.default": "+a b c, d e, a d e c -> a b c",
+    "autopar.gather.default": "*a b c, a k c -> a k c",
+    "autopar.scatter_add.default": "+a b c, a k c, a k c -> a b c",
+    "autopar.scatter.default": "a b c, a k! c, a k! c -> a b c",
+    "autopar.embedding_bag.default": "*v d, n, n -> b d",
+    "autopar.embedding_bag_backward.default": "*b d, n, n -> v d",
+    "aten.pixel_shuffle.default": "+a (b e! f!) c d -> a b (c e!) (d f!)",
+    "aten.unfold.default": "+a b (c d!) -> a b c d!",
+    "aten.glu.default": "a (c! d) b -> a d b",
+    "aten.grid_sampler_2d.default": "*n c h! w!, n y x z! -> n c y x",
+    "aten._cdist_forward.default": "a p m!, 1 r m! -> a p r",
+    "aten.linalg_solve_triangular.default": "d0 d1 n! n!, *d0 d1 n! k -> d0 d1 n! k",
+    "aten._fft_c2c.default": "+a! b c! -> d! b e!",
+    "aten._trilinear.default": "*a c, *b c d, *a d -> a b",
     "autopar.embedding_backward.default": "*d0 d1 d, d0 d1 -> v d",
     "autopar.nll_loss.default": "n c!, n -> , ",
     "autopar.sum_exp.default": "n c, n -> n",
