@@ -141,7 +141,7 @@ def test_low_precision_is_closer_to_the_truth_than_eager(dtype: torch.dtype) -> 
     truth = F.cross_entropy(logits.double(), inputs["labels"])
     largest = logits.amax(1)
     lse = DIRECT[ops.sum_exp.default](logits, largest).log() + largest
-    rows = lse - DIRECT[ops.pick.default](logits, inputs["labels"], 0)
+    rows = lse - DIRECT[ops.pick.default](logits, inputs["labels"], 0, 97, -100)
     mine = (rows * (inputs["labels"] != -100)).sum() / (inputs["labels"] != -100).sum()
     assert float((mine - truth).abs()) <= 1e-6 * float(truth)
 
@@ -154,15 +154,27 @@ def test_infinite_logits_of_masked_classes() -> None:
     target = torch.tensor([0, 1, 2, 3, 0])
     largest = torch.stack([x[:, :4].amax(1), x[:, 4:].amax(1)]).amax(0)
     total = sum(ops.sum_exp(part, largest) for part in (x[:, :4], x[:, 4:]))
-    picked = ops.pick(x[:, :4], target, 0) + ops.pick(x[:, 4:], target, 4)
+    picked = ops.pick(x[:, :4], target, 0, 8, -100) + ops.pick(x[:, 4:], target, 4, 8, -100)
     assert torch.allclose(total.log() + largest - picked, F.cross_entropy(x, target, reduction="none"), rtol=1e-14)
+
+
+def test_a_label_that_is_no_class() -> None:
+    """Never a loss that looks well: refused as eager does. The label to ignore may be any number."""
+    x = torch.randn(3, 5)
+    for bad in (5, -1):
+        with pytest.raises(IndexError):
+            F.cross_entropy(x, torch.tensor([0, bad, 2]))
+        with pytest.raises(IndexError):
+            ops.pick(x, torch.tensor([0, bad, 2]), 0, 5, -100)
+    assert ops.pick(x, torch.tensor([0, 255, 2]), 0, 5, 255)[1] == 0
+    assert ops.pick(x, torch.tensor([0, 3, 2]), 0, 5, 3)[1] == 0
 
 
 def test_pieces_pass_opcheck() -> None:
     torch.manual_seed(0)
     x, target = torch.randn(5, 8), torch.tensor([0, 7, -100, 3, 2])
     torch.library.opcheck(ops.sum_exp.default, (x, x.amax(1)))
-    torch.library.opcheck(ops.pick.default, (x, target, 2))
+    torch.library.opcheck(ops.pick.default, (x[:, 2:], target, 2, 8, -100))
     torch.library.opcheck(ops.cross_entropy_backward.default, (torch.randn(5), x, target, torch.logsumexp(x, 1), 2, 0.9, 0.1))
     half = x.bfloat16()
     torch.library.opcheck(ops.cross_entropy_backward.default, (torch.randn(5), half, target, torch.logsumexp(x, 1), 0, 1.0, 0.0))

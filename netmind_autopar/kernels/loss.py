@@ -39,15 +39,19 @@ def sum_exp(x: Tensor, largest: Tensor) -> Tensor:
     return out
 
 
-def pick(x: Tensor, target: Tensor, start: int) -> Tensor:
-    """x [n, c] holds the classes [start, start + c), integer target [n] -> x[i, target[i]]: [n], float32 or float64.
+def pick(x: Tensor, target: Tensor, start: int, classes: int, ignore_index: int) -> Tensor:
+    """x [n, c] holds the classes [start, start + c) of `classes`, integer target [n] -> x[i, target[i]]: [n], float32 or float64.
 
-    Zero where the label is not among them, and for negative labels.
+    Zero where the label is `ignore_index` or not among them. A label that is no class at all: IndexError on CPU, as eager torch has
+    it, and nan elsewhere, where looking would wait for the device.
     """
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if target.device.type == "cpu" and bool(wrong.any()):
+        raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
     local = target - start if start else target
-    outside = (local < 0) | (local >= x.shape[1])
+    outside = (local < 0) | (local >= x.shape[1]) | (target == ignore_index)
     picked = x.gather(1, local.masked_fill(outside, 0).unsqueeze(1)).squeeze(1)
-    return picked.to(wide(x.dtype)).masked_fill_(outside, 0)
+    return picked.to(wide(x.dtype)).masked_fill_(outside, 0).masked_fill_(wrong, float("nan"))
 
 
 def cross_entropy_backward(grad: Tensor, x: Tensor, target: Tensor, lse: Tensor, start: int, hard: float, even: float) -> Tensor:
@@ -79,12 +83,12 @@ def _fake_sum_exp(x, largest):
 
 
 @torch.library.custom_op("autopar::pick", mutates_args=())
-def _pick(x: Tensor, target: Tensor, start: int) -> Tensor:
-    return pick(x, target, start)
+def _pick(x: Tensor, target: Tensor, start: int, classes: int, ignore_index: int) -> Tensor:
+    return pick(x, target, start, classes, ignore_index)
 
 
 @_pick.register_fake
-def _fake_pick(x, target, start):
+def _fake_pick(x, target, start, classes, ignore_index):
     return x.new_empty(x.shape[:1], dtype=wide(x.dtype))
 
 

@@ -143,7 +143,7 @@ class _CrossEntropy(torch.autograd.Function):
         lse = _own.sum_exp.default(x, largest).log() + largest
         ctx.save_for_backward(x, target, lse)
         ctx.ignore_index, ctx.hard, ctx.even = ignore_index, 1.0 - smoothing, smoothing / x.shape[1]
-        picked = _own.pick.default(x, target, 0)
+        picked = _own.pick.default(x, target, 0, x.shape[1], ignore_index)
         loss = lse - picked if smoothing == 0 else lse - picked * ctx.hard - x.sum(1, dtype=lse.dtype) * ctx.even
         return loss.masked_fill(target == ignore_index, 0)
 
