@@ -99,9 +99,14 @@ def _flatten(obj: Any, path: str, leaves: list[tuple[str, torch.Tensor]], above:
         attributes = _attributes(obj)
         keys, values, make = tuple(attributes), list(attributes.values()), Record
     items = tuple(_flatten(v, f"{path}.{k}" if path else str(k), leaves, above) for k, v in zip(keys, values, strict=True))
-    if len(leaves) == start and make is Record:
+    if len(leaves) == start and make is Record and not _is_cache(obj):
         return Const(obj)
     return make(type(obj), keys, items)
+
+
+def _is_cache(obj: Any) -> bool:
+    """A cache of keys and values, as Hugging Face has them. An empty one holds no tensor and is filled by the call all the same."""
+    return callable(getattr(obj, "update", None)) and callable(getattr(obj, "get_seq_length", None))
 
 
 def _attributes(obj: Any) -> dict[str, Any]:
