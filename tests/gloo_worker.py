@@ -1,6 +1,7 @@
 """One process of a gloo run: trains models through autoparallelize and compares every step with the original.
 
 Started by `tests/test_gloo.py` as `python gloo_worker.py RANK WORLD STORE OUT CASES`; rank 0 writes a JSON list, one entry a case.
+A case of `tests/test_gloo_zoo.py` names a model of the zoo: `gloo_zoo.py` runs it.
 """
 
 from __future__ import annotations
@@ -99,6 +100,14 @@ def refuse(case: dict) -> dict[str, str]:
     return {"kind": "none", "text": ""}
 
 
+def run(case: dict) -> dict[str, Any]:
+    if "zoo" in case:
+        import gloo_zoo  # the whole zoo is imported by it: only where it is asked for
+
+        return gloo_zoo.train(case)
+    return refuse(case) if "refusal" in case else train(case)
+
+
 def main() -> None:
     rank, world, store, out, cases = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), json.loads(sys.argv[5])
     torch.set_num_threads(1)
@@ -106,7 +115,7 @@ def main() -> None:
     results = []
     for case in cases:
         try:
-            results.append(refuse(case) if "refusal" in case else train(case))
+            results.append(run(case))
         except Exception:
             results.append({"error": traceback.format_exc()})
             break

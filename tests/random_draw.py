@@ -1,8 +1,8 @@
 """A module being drawn: choices, and the source lines that they become.
 
-Ops (`random_layers.py`, `random_ops.py`) are functions `(draw, value) -> expression or None`. They write Python: what they return, and
-lines that they add before it, is what a user would have in `forward`; None means that the op does not fit the value. A line is
-run as soon as it is drawn, so that every later choice knows shapes and numbers.
+Ops (`random_layers.py`, `random_shapes.py`, `random_math.py`) are functions `(draw, value) -> expression or None`. They write Python:
+what they return, and lines that they add before it, is what a user would have in `forward`; None means that the op does not fit
+the value. A line is run as soon as it is drawn, so that every later choice knows shapes and numbers.
 """
 
 from __future__ import annotations
@@ -98,6 +98,9 @@ class Draw:
         """A shape that broadcasts to x's."""
         shape = [1 if self.chance(0.35) else n for n in x.shape]
         return shape[self.below(len(shape)) :]
+
+    def divisor(self, n: int) -> int:
+        return self.choice(*(k for k in range(1, n + 1) if n % k == 0))
 
     def factors(self, n: int) -> list[int]:
         """n as a product, in random order, a 1 now and then."""

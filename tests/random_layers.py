@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from random_draw import Draw, Value
 
-
-def _divisor(g: Draw, n: int) -> int:
-    return g.choice(*(k for k in range(1, n + 1) if n % k == 0))
-
-
 # linear layers
 
 
@@ -87,7 +82,7 @@ def frozen_batch_norm(g: Draw, x: Value) -> str | None:
 def group_norm(g: Draw, x: Value) -> str | None:
     if x.dim() < 3:
         return None
-    groups = _divisor(g, x.shape[1])
+    groups = g.divisor(x.shape[1])
     if x.numel() // x.shape[0] // groups < 3:
         return None
     return f"{g.layer(f'nn.GroupNorm({groups}, {x.shape[1]}, affine={g.chance(0.8)})')}({x})"
@@ -103,9 +98,7 @@ def instance_norm(g: Draw, x: Value) -> str | None:
 def weight_norm(g: Draw, x: Value) -> str:
     """A weight standardised, or divided by its own norm, before it is used."""
     w = g.parameter([g.size(), x.shape[-1]])
-    return g.choice(
-        f"F.linear({x}, {w} / ({w}.norm(dim=1, keepdim=True) + 0.1))", f"F.linear({x}, ({w} - {w}.mean()) / ({w}.var() + 0.5))"
-    )
+    return g.choice(f"F.linear({x}, {w} / ({w}.norm(dim=1, keepdim=True) + 0.1))", f"F.linear({x}, ({w} - {w}.mean()) / ({w}.var() + 0.5))")
 
 
 # convolutions and pictures
@@ -114,7 +107,7 @@ def weight_norm(g: Draw, x: Value) -> str:
 def conv(g: Draw, x: Value) -> str | None:
     if x.dim() not in (3, 4):
         return None
-    groups, kernel = _divisor(g, x.shape[1]), g.choice(1, 2, 3)
+    groups, kernel = g.divisor(x.shape[1]), g.choice(1, 2, 3)
     out, stride, dilation = groups * g.choice(1, 2, 3), g.choice(1, 1, 2), g.choice(1, 1, 1, 2)
     form = f"stride={stride}, padding={g.choice(0, kernel // 2, kernel // 2)}, groups={groups}, bias={g.chance(0.6)}, dilation={dilation}"
     if g.chance(0.3):
@@ -177,9 +170,8 @@ def attention(g: Draw, given: Value) -> str | None:
     y = g.other(lambda v: v.dim() == 3 and v.shape[0] == x.shape[0]) if g.chance(0.3) else x
     y = y or x
     kv, times, d = g.choice(1, 2, 3), g.choice(1, 1, 2), g.choice(2, 3, 4)
-    q, k, out = (
-        g.layer(f"nn.Linear({a}, {b})") for a, b in ((x.shape[-1], kv * times * d), (y.shape[-1], 2 * kv * d), (kv * times * d, x.shape[-1]))
-    )
+    sizes = (x.shape[-1], kv * times * d), (y.shape[-1], 2 * kv * d), (kv * times * d, x.shape[-1])
+    q, k, out = (g.layer(f"nn.Linear({a}, {b})") for a, b in sizes)
     s, t, how = x.shape[1], y.shape[1], g.choice("none", "causal", "band", "bias", "lengths", "heads")
     if how == "causal" and s != t:
         how = "none"
@@ -305,7 +297,8 @@ def cross_entropy(g: Draw, x: Value) -> str | None:
     if x.dim() < 2 or x.shape[-1] < 2:
         return None
     c = x.shape[-1]
-    how = g.choice("", "", ", reduction='sum'", ", reduction='none'", ", label_smoothing=0.1", ", ignore_index=0", f", weight=torch.rand({c}, dtype={x}.dtype, generator=None)")
+    options = ("", "", ", reduction='sum'", ", reduction='none'", ", label_smoothing=0.1", ", ignore_index=0", "weight")
+    how = g.choice(*options)
     if "weight" in how:
         how = f", weight={g.buffer(f'torch.rand({c}) + 0.1')}"
     if x.dim() == 3 and g.chance(0.3):  # classes in the middle
@@ -339,7 +332,7 @@ def loss(g: Draw, x: Value) -> str:
 
 LAYERS = (
     *(linear, linear, residual, gated, transposed_twice, bilinear, low_rank, layer_norm, layer_norm, rms_norm, batch_norm, batch_norm),
-    *(frozen_batch_norm, group_norm, instance_norm, weight_norm, conv, conv, conv, conv_functional, pool, upsample, attention, attention, attention),
-    *(multihead, multihead, written_attention, rotary, cell, embedding, tied_head, embedding_bag, mixture, dropout, running_statistic),
-    *(cross_entropy, cross_entropy, loss, loss),
+    *(frozen_batch_norm, group_norm, instance_norm, weight_norm, conv, conv, conv, conv_functional, pool, upsample),
+    *(attention, attention, attention, multihead, multihead, written_attention, rotary, cell, embedding, tied_head, embedding_bag),
+    *(mixture, dropout, running_statistic, cross_entropy, cross_entropy, loss, loss),
 )

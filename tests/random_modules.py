@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from random_draw import MOVED, Draw, Value
 from random_layers import LAYERS
-from random_ops import OPS
+from random_math import ARITHMETIC
+from random_shapes import SHAPES
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+OPS = (*SHAPES, *ARITHMETIC)
 LARGEST = 1500  # elements of a value
 HEADS = ("loss", "loss", "loss", "dict", "tuple", "tensor", "two", "inputs")
 NUDGE = 1e-12  # relative; results that answer with more than LOUDEST times as much are decided by rounding

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 from random_check import Case, Subject, Verdict, smallest, story
 from random_layers import LAYERS
+from random_math import ARITHMETIC
 from random_modules import draw_recipe, random_module, recipe_of, refusal
-from random_ops import OPS
 from random_plans import random_plan
+from random_shapes import SHAPES
 from test_exact import captured as captured_family
 from test_exact import checked as checked_family
 from torch.utils import _pytree as pytree
@@ -100,7 +101,7 @@ def test_modules_repeat_and_cover_everything() -> None:
             torch.manual_seed(0)
             assert all(torch.equal(a, b) for a, b in zip(first, pytree.tree_leaves(again(*others)), strict=True))
     assert heads == {"loss", "dict", "tuple", "tensor", "two", "inputs"}
-    assert {op.__name__ for op in (*LAYERS, *OPS)} <= made
+    assert {op.__name__ for op in (*LAYERS, *SHAPES, *ARITHMETIC)} <= made
     assert 150 <= draws <= 150 * 1.25
 
 

@@ -1,0 +1,62 @@
+"""Models of the zoo on 3 and 4 real processes: losses, all parameters and all buffers after three steps are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_gloo import launch
+
+TOLERANCE = 1e-9
+MESHES = {3: ((3,),), 4: ((2, 2), (4,))}
+QUICK = ("tied", "custom_op", "dlrm", "bert")
+MODELS = (
+    *QUICK,
+    "gpt2",
+    "llama",
+    "t5",
+    "mixtral_grouped",
+    "convnext",
+    "resnet14",
+    "unet2d_condition",
+    "lstm",
+    "mamba_cumsum",
+    "encoder_batch_first",
+    "lora",
+)
+
+
+def quick_cases(world: int) -> list[dict]:
+    """Every other one at real prices, the others at random ones; the other way round on the other number of processes."""
+    odd = [{} if (k + world) % 2 else {"random_costs": k} for k in range(len(QUICK))]
+    return [{"zoo": name, "mesh": MESHES[world][0], **prices} for name, prices in zip(QUICK, odd, strict=True)]
+
+
+def all_cases(world: int) -> list[dict]:
+    plain = [{"zoo": name, "mesh": mesh} for name in MODELS for mesh in MESHES[world]]
+    odd = [{"zoo": name, "mesh": mesh, "random_costs": k} for k, name in enumerate(MODELS) for mesh in MESHES[world]]
+    return [case for case in plain + odd if case not in quick_cases(world)]
+
+
+def agree(work: list[dict], results: list[dict]) -> None:
+    for case, result in zip(work, results, strict=False):
+        assert "error" not in result, f"{case}\n{result['error']}"
+        wrong = {kind: e for kind, e in result.items() if kind != "cpu_s" and not e <= TOLERANCE}
+        assert not wrong, f"{case}: {wrong}"
+    assert len(results) == len(work)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("world", sorted(MESHES))
+def test_a_few_models_train_as_in_one_process(world: int, tmp_path: Path) -> None:
+    work = quick_cases(world)
+    agree(work, launch(world, work, tmp_path))
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("world", sorted(MESHES))
+def test_all_models_train_as_in_one_process(world: int, part: int, tmp_path: Path) -> None:
+    work = all_cases(world)[part::4]
+    agree(work, launch(world, work, tmp_path))
