@@ -1,6 +1,7 @@
 # make demo       train GPT-2 on 4 processes, print the plan, compare with one process
 # make test       all quick tests         make test-full   the slow ones too
 # make check      format, lint, types     make bench       emitted module against eager
+# make fuzz       200 random modules under odd plans on 3 meshes, about 20 CPU minutes
 # The virtual environment .venv is made when missing and used again afterwards.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test test-full check format bench clean
+.PHONY: install demo test test-full check format bench fuzz clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +44,9 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/planning.py
+
+fuzz: install
+	$(BIN)/python benchmarks/fuzz.py --jobs $(WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
