@@ -151,6 +151,43 @@ def flattened(x: Tensor) -> Tensor:
     return x.flatten(0, 1) * 2
 
 
+# the dims of 32 and 16 are opened alike: d is 8 or 16 long, whichever factor was found first
+@honest("*a b c (! d), c (! d), c (! d) -> a b c (! d)", F(2, 8, 64, 32), F(64, 16), F(64, 16))
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@honest("*a b c d, *a b e f -> a c e d f", F(2, 8, 16, 4), F(2, 8, 16, 4))
+def outer(x: Tensor, y: Tensor) -> Tensor:
+    return torch.einsum("bsic,bsjd->bijcd", x, y)
+
+
+@honest("*a b c !, *d b ! -> a d c !", F(2, 16, 8, 128), F(32, 16, 3))
+def rowwise_convolution(x: Tensor, w: Tensor) -> Tensor:
+    out = torch.nn.functional.conv1d(x.transpose(1, 2).flatten(0, 1), w, padding=1)
+    return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2).clone()
+
+
+@honest("*a ! b, b -> a ! b", F(8, 50, 16), F(16))
+def scan(x: Tensor, decay: Tensor) -> Tensor:
+    state, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        state = state * decay + x[:, t]
+        out.append(state)
+    return torch.stack(out, 1)
+
+
+@honest("+a b -> (! a) b", F(64, 32))
+def twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x], 0)
+
+
+@honest("a !, a -> a", F(64, 1000), I(64))
+def row_losses(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
+
+
 @honest("+a b -> b a", F(64, 4096))
 def turned(x: Tensor) -> Tensor:
     return x.T * 3
@@ -306,6 +343,31 @@ def without_twins(x: Tensor) -> Tensor:  # rows that occur twice count half
 @false("! ! -> ! !", F(64, 32))
 def all_or_nothing(x: Tensor) -> Tensor:  # one NaN spoils all
     return torch.where(x.isnan().any(), torch.zeros_like(x), x)
+
+
+@false("! ! -> ! !", F(64, 32))
+def all_or_infinite(x: Tensor) -> Tensor:
+    return torch.where(x.isinf().any(), torch.zeros_like(x), x)
+
+
+@false("! ! -> ! !", F(64, 32))
+def beyond_three(x: Tensor) -> Tensor:
+    return torch.where((x > 3.5).any(), x * 2, x)
+
+
+@false("! b -> ! b", F(64, 32))
+def equal_neighbours(x: Tensor) -> Tensor:
+    return torch.where(x == x.roll(1, 0), x * 2, x)
+
+
+@false("! b -> ! b", F(64, 32))
+def last_row(x: Tensor) -> Tensor:
+    return (x - x[-1:]).tanh()
+
+
+@false("+! b -> ! b", F(7, 32))
+def seven_rows(x: Tensor) -> Tensor:  # at the program's own size, and at no other
+    return x * (2.0 if x.shape[0] == 7 else 1.0)
 
 
 @false("! ! -> ! !", F(64, 32))

@@ -80,12 +80,13 @@ class Search:
                     break
         return found
 
-    def covered(self, letters: Sequence[Letter]) -> int:
-        """How many dims of operands some letter splits."""
+    def worth(self, letters: Sequence[Letter]) -> tuple[int, int]:
+        """How many dims of operands some letter splits, and into how many pieces all letters could be cut."""
         places = {(i, p) for x in letters for i, p in x.ins.items()}
         places |= {(~j, q) for x in letters for j, q in enumerate(x.outs) if isinstance(q, int)}
         operands = [*enumerate(self.ins), *((~j, parts) for j, parts in enumerate(self.outs) if parts is not None)]
-        return sum(any((i, p) in places for p in numbers) for i, parts in operands for numbers in _numbers(parts))
+        covered = sum(any((i, p) in places for p in numbers) for i, parts in operands for numbers in _numbers(parts))
+        return covered, math.prod(x.size for x in letters)
 
     def _with(self, found: list[Letter], new: Letter) -> list[Letter]:
         clash = any(

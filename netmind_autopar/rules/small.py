@@ -16,7 +16,7 @@ import torch
 
 from .call import Call, tensors_in
 
-KINDS = ("normal", "positive", "negative", "integers", "twins", "spike", "large", "small", "halves", "peak", "broken")
+KINDS = ("normal", "positive", "negative", "integers", "twins", "spike", "large", "small", "halves", "peak", "broken", "infinite")
 # Ascending, so that the order of sizes is kept. EVEN has sizes that 2, 3 and 4 devices share evenly and unevenly, ODD hardly any.
 EVEN = (6, 8, 10, 12, 14, 15, 16, 18, 20, 21, 22, 24)
 ODD = (5, 7, 9, 11, 13, 17, 19, 23, 25, 29, 31, 37)
@@ -188,9 +188,11 @@ def _shaped(x: torch.Tensor, kind: str, g: torch.Generator) -> torch.Tensor:
     if kind == "halves" and x.dim():  # all zero but for the first third of some dim
         d = int(torch.randint(0, x.dim(), (1,), generator=g))
         x.narrow(d, x.shape[d] // 3 + 1, x.shape[d] - x.shape[d] // 3 - 1).zero_() if x.shape[d] > 1 else x
-    elif kind in ("spike", "peak", "broken") and x.numel():
+    elif kind in ("spike", "peak", "broken", "infinite") and x.numel():
         at = int(torch.randint(0, x.numel(), (1,), generator=g))
-        x.view(-1)[at] = {"spike": 1e3, "peak": 1e12, "broken": math.nan}[kind]
+        x.view(-1)[at] = {"spike": 1e3, "peak": 1e12, "broken": math.nan}.get(kind, -math.inf)
+        if kind == "infinite" and x.numel() > 1:
+            x.view(-1)[(at + x.numel() // 2) % x.numel()] = math.inf
     return x
 
 
