@@ -268,6 +268,7 @@ X = torch.ones(3, 4)
 CALLS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), X, "has no shape yet"),
     "scripted": (lambda: torch.jit.trace(nn.Linear(4, 4), X), X, "TorchScript"),
+    "cumulative": (lambda: nn.Sequential(nn.BatchNorm1d(4, momentum=None)), X, "momentum=None"),
     "wrapped": (lambda: nn.DataParallel(nn.Linear(4, 4)), X, "wrapped already"),
     "plain attribute": (lambda: Plain(torch.ones(4, requires_grad=True)), X, "no parameter"),
     "too many": (lambda: nn.Linear(4, 4), (X, X), "do not fit"),

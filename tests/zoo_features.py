@@ -49,18 +49,17 @@ class Dropouts(nn.Module):
 
 
 class Norms(nn.Module):
-    """Batch norm of one, two and three dims, momentum None, without running statistics; instance and group norm."""
+    """Batch norm of one, two and three dims, without running statistics; instance and group norm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.BatchNorm1d(7), nn.BatchNorm2d(7, affine=False, momentum=0.3)
         self.three = nn.BatchNorm3d(7, track_running_stats=False)
-        self.average = nn.BatchNorm1d(7, momentum=None)
         self.instance, self.group = nn.InstanceNorm1d(7, affine=True), nn.GroupNorm(7, 7)
         self.rms, self.local = nn.RMSNorm(6), nn.LocalResponseNorm(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.average(self.one(x))
+        x = self.one(x)
         x = self.two(x.unflatten(2, (2, 3))).flatten(2)
         x = self.three(x[:, :, :, None, None]).flatten(2)
         x = self.local(self.group(self.instance(x)))

@@ -107,6 +107,13 @@ def check_model(model: nn.Module) -> None:
                 why=f"{type(module).__name__} spreads it over devices in its own way",
                 try_="pass the module inside, model.module",
             )
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None and module.training and module.track_running_stats:
+            raise InputError(
+                "a batch norm with momentum=None averages by a number that is read out of a tensor",
+                where=title,
+                why="the plan is made once, and that number changes from step to step",
+                try_="give it a momentum, or track_running_stats=False",
+            )
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             path = f"{name}.{key}" if name else key
             if tensor is not None and torch.nn.parameter.is_lazy(tensor):
