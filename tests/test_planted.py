@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import models
 import planted
 import pytest
 import torch
-from planted import BUGS, Bug
+from planted import Bug
+from planted_bugs import BUGS
 from random_plans import random_plan
 from torch import nn
 
@@ -146,3 +148,88 @@ def test_nothing_is_found_in_correct_programs(name: str, mesh: str) -> None:
         report = judged(name, good, plan, steps=2, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
         assert report.ok, str(report)
         assert report.first_difference == ""
+
+
+def bad_of(name: str, mesh: str, seed: int, bug: str) -> tuple[Program, Plan]:
+    good, plan = lowered(name, mesh, seed)
+    found = planted.planted(good, BUGS[bug], plan.sizes, 0)
+    assert found is not None
+    return found[0], plan
+
+
+def test_a_frozen_parameter_must_get_no_gradient() -> None:
+    good, plan = lowered("norms", "a=2", 0)
+    report = judged("norms", planted.with_frozen_gradient(good, "middle.bias"), plan)
+    assert not report.ok
+    assert "middle.bias" in [row.name for row in report.rows if not row.ok]
+
+
+def test_a_parameter_of_the_step_before() -> None:
+    """The value that was there at capture is baked in: noise on the parameters shows it, and so does a second step."""
+    model, *_ = made("norms")
+    node = next(i.node for i in made("norms")[2].inputs if i.name == "head.weight")
+    whole = (p for seed in range(SEEDS) if str((p := lowered("norms", "a=2", seed))[0].specs[node]).endswith(" R"))
+    good, plan = next(whole)
+    bad = planted.with_baked_parameter(good, "head.weight", model.get_parameter("head.weight").detach())
+    report = judged("norms", bad, plan)
+    assert not report.ok and "head" in report.difference.module
+    assert judged("norms", bad, plan, perturb=0.0).ok
+    trained = judged("norms", bad, plan, perturb=0.0, steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    assert not trained.ok and {row.step for row in trained.rows if not row.ok} == {1}
+
+
+def test_an_update_that_one_rank_misses() -> None:
+    """An optimizer that treats ranks unlike: the parameters after the step tell, before any result does."""
+    good, plan = lowered("norms", "a=2", 0)
+    calls = []
+
+    def optimizer(parameters: object) -> torch.optim.Optimizer:
+        calls.append(1)
+        return torch.optim.SGD(parameters, lr=0.0 if len(calls) == 2 else 0.1)  # type: ignore[arg-type]
+
+    report = judged("norms", good, plan, optimizer=optimizer)
+    assert not report.ok
+    assert {row.kind for row in report.rows if not row.ok} == {"parameter"}
+
+
+HIDDEN = {"count of the loss not reduced": "labels", "ignored labels counted": "labels", "vocabulary offset": "labels"}
+
+
+@pytest.mark.parametrize("bug", HIDDEN)
+def test_values_that_hide_a_bug_do_not_hide_it(bug: str) -> None:
+    """Equal labels, none ignored, equal tokens: without the noise these bugs give the right numbers, with it they do not."""
+    found = places(replace(BUGS[bug], models=(HIDDEN[bug],), count=1))
+    name, mesh, seed, which = found[0]
+    good, plan = lowered(name, mesh, seed)
+    bad, *_ = planted.planted(good, BUGS[bug], plan.sizes, which)  # type: ignore[misc]
+    assert not judged(name, bad, plan).ok
+    if bug != "vocabulary offset":
+        assert judged(name, bad, plan, perturb=0.0).ok
+
+
+def test_float32_is_checked_in_float64_too() -> None:
+    """An epsilon that is a little off is within float32's tolerance and outside of float64's."""
+    model, inputs, program, rules = made("gpt2", torch.float32)
+    plan = random_plan(program, rules, "a=2", 0)
+    good = lower(program, rules, plan)
+    bug = Bug(
+        lambda draft, sizes: (
+            (n, lambda n=n: planted.set_arg(n, "eps", lambda old: old * 1.01)) for n in planted.ops(draft, "aten.native_layer_norm")
+        )
+    )
+    bad, node, _ = planted.planted(good, bug, plan.sizes, 0)  # type: ignore[misc]
+    report = compare(model, inputs, program, bad, plan)
+    assert not report.ok
+    assert report.difference.node == node.name
+    assert compare(model, inputs, program, good, plan).ok
+
+
+def test_the_report_is_readable() -> None:
+    bad, plan = bad_of("norms", "a=4", 0, "doubled all-reduce")
+    report = judged("norms", bad, plan)
+    lines = str(report).splitlines()
+    failed = [row for row in report.rows if not row.ok]
+    assert f"{len(failed)} failed" in lines[0]
+    worst = [row.error / row.tolerance for row in report.worst()[: len(failed)]]
+    assert worst == sorted(worst, reverse=True)
+    assert any(line.startswith("first difference: ") and "test_planted.py:" in line for line in lines)

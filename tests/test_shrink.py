@@ -103,7 +103,8 @@ from netmind_autopar.runtime import collectives as module
 right = module._BUILDERS["all_to_all"]
 def wrong(a, b, axis, sizes, coord):
     step = right(a, b, axis, sizes, coord)
-    return module.Stage(step.pack, lambda y: step.unpack(torch.roll(y, step.receive[0])), step.wire, step.axis, step.op, step.send, step.receive)
+    late = lambda y: step.unpack(torch.roll(y, step.receive[0]))
+    return module.Stage(step.pack, late, step.wire, step.axis, step.op, step.send, step.receive)
 module._BUILDERS["all_to_all"] = wrong
 module.stage.cache_clear()
 def undo():

@@ -38,7 +38,6 @@ from ..rules.table import rule_for
 from ..solver.conversions import plain_rule
 from .locate import Difference, first_difference
 
-
 _NO_CALL = Signature(*(lambda *_: [] for _ in fields(Signature)))  # type: ignore[arg-type]
 
 
@@ -52,9 +51,10 @@ class Ref:
 
 @dataclass(frozen=True)
 class Given:
-    """A global tensor and how it lies. values: nested lists, or the tensor. packed: its bytes, zlib and base85. Else it is drawn from `seed`.
+    """A global tensor and how it lies, and `where`: the user's line that makes it.
 
-    What is drawn has this `mean` and `spread` within [low, high]; integers and booleans are drawn evenly from there.
+    values: nested lists, or the tensor. packed: its bytes, zlib, base85. Else it is drawn from `seed`, with this `mean` and `spread`
+    within [low, high]; integers and booleans are drawn evenly from there.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Given:
     spread: float = 1.0
     low: float = -math.inf
     high: float = math.inf
+    where: str = ""
 
     def tensor(self) -> Tensor:
         """The global value."""
@@ -131,7 +132,7 @@ class Case:
         graph, nodes, values = fx.Graph(), {}, {}
         for given in self.given:
             nodes[given.name], values[given.name] = graph.placeholder(given.name), given.tensor()
-            nodes[given.name].meta = {"val": values[given.name].to("meta"), "where": "", "module": "", "phase": "forward"}
+            nodes[given.name].meta = {"val": values[given.name].to("meta"), "where": given.where, "module": "", "phase": "forward"}
         for step in self.steps:
             args, kwargs = (_mapped(a, lambda r: _item(graph, nodes, values, r)) for a in (tuple(step.args), dict(step.kwargs)))
             node = nodes[step.name] = graph.create_node("call_function", _target(step.op), args, kwargs, name=step.name)

@@ -142,7 +142,8 @@ class _Cutter:
 
     def _give(self, given: dict[str, Given], node: fx.Node, index: int) -> Ref:
         name = f"{node.name}_{index}" if isinstance(self.truth[node.name], (tuple, list)) else node.name
-        given.setdefault(name, Given(name, str(self._spec(node, index)), values=self._value(node, index).detach()))
+        where = str(node.meta.get("where") or "")
+        given.setdefault(name, Given(name, str(self._spec(node, index)), values=self._value(node, index).detach(), where=where))
         return Ref(name)
 
     def _case(self, region: set[fx.Node], wanted: Iterable[Wanted]) -> Case:

@@ -88,8 +88,9 @@ def smallest(case: Case) -> Case:
 
 
 def _smaller(case: Case) -> Iterator[Case]:
-    if len(case.wanted) > 1 and not any(w.owner for w in case.wanted):
+    if len(case.wanted) > 1:
         yield from (replace(case, wanted=(w,)) for w in case.wanted)
+        yield from (replace(case, wanted=tuple(v for v in case.wanted if v != w)) for w in case.wanted)
     axes = parse_axes(case.mesh)
     if len(axes) > 1:
         yield from (_without_axis(case, i) for i in range(len(axes)))
