@@ -232,7 +232,7 @@ def test_direct_is_the_op() -> None:
     """What callers may use in place of the dispatcher computes the same, and every op of the namespace is there."""
     names = """attention attention_backward dropout embedding embedding_backward grouped_mm grouped_mm_backward nll_loss
         nll_loss_backward sum_exp pick cross_entropy_backward uniform normal exponential randint"""
-    assert {op._schema.name.split("::")[1] for op in DIRECT} == set(names.split())
+    assert {op._schema.name.split("::")[1] for op in DIRECT} >= set(names.split())
     x: dict[str, tuple[Any, ...]] = {
         "dropout": (torch.randn(4, 4), torch.tensor(1), 0.5, 0, [4, 4], [0, 0], [4, 4]),
         "embedding": (torch.randn(5, 2), torch.tensor([0, 4, 7]), 1, -1),
