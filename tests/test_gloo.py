@@ -35,13 +35,13 @@ def cases(world: int, *, rest: bool = False) -> list[dict]:
     return out
 
 
-def launch(world: int, work: list[dict], folder: Path) -> list[dict]:
+def launch(world: int, work: list[dict], folder: Path, *, timeout_s: float = 600) -> list[dict]:
     """Run `work` on `world` processes; rank 0's results, one a case."""
     out, env = folder / "results", {**os.environ, "OMP_NUM_THREADS": "1"}
     commands = [[sys.executable, str(WORKER), str(r), str(world), str(folder / "store"), str(out), json.dumps(work)] for r in range(world)]
     processes = [subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     try:
-        logs = [p.communicate(timeout=600)[0] for p in processes]
+        logs = [p.communicate(timeout=timeout_s)[0] for p in processes]
     finally:
         for p in processes:
             p.kill()

@@ -59,4 +59,4 @@ def test_a_few_models_train_as_in_one_process(world: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("world", sorted(MESHES))
 def test_all_models_train_as_in_one_process(world: int, part: int, tmp_path: Path) -> None:
     work = all_cases(world)[part::4]
-    agree(work, launch(world, work, tmp_path))
+    agree(work, launch(world, work, tmp_path, timeout_s=3600))
