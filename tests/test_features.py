@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_tracer import check
+from random_plans import random_plan
+from test_tracer import check, close
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from netmind_autopar import autoparallelize
 from netmind_autopar.ir.errors import CaptureError
+from netmind_autopar.passes.pipeline import lower
+from netmind_autopar.rules.bind import bind_program
+from netmind_autopar.runtime.reach import reached
 from netmind_autopar.tracer.capture import capture
 
 
@@ -178,3 +183,39 @@ def test_reentrant_checkpointing_without_inputs_that_want_a_gradient() -> None:
     program = capture(Model(), torch.randn(2, 3))
     reached = {o.name for o in program.outputs if o.role == "grad" and program.node(o.node).target is not torch.ops.aten.zeros.default}
     assert {"two.weight", "two.bias"} <= reached
+
+
+class TwoLosses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(x)
+        return self.one(h).square().sum(), self.two(h).square().sum()
+
+
+def test_one_of_several_losses_gives_no_gradient_to_what_only_another_uses() -> None:
+    torch.manual_seed(0)
+    model, x = TwoLosses(), torch.randn(3, 4)
+    parallel = autoparallelize(model, x, "a=1", cluster="h100-sxm")
+    for which in (0, 1):
+        for module in (model, parallel):
+            module.zero_grad(set_to_none=True)
+            module(x)[which].backward()
+        for name, parameter in model.named_parameters():
+            found = parallel.get_parameter(name).grad
+            assert (found is None) == (parameter.grad is None), name
+            if found is not None:
+                close(found.full_tensor(), parameter.grad, 1e-6)
+
+
+def test_which_outputs_enter_a_gradient() -> None:
+    """Also where several gradients travel in one all-reduce."""
+    program = capture(TwoLosses(), torch.randn(4, 4))
+    rules = bind_program(program)
+    for seed in range(4):
+        plan = random_plan(program, rules, "a=2,b=2", seed)
+        behind = reached(lower(program, rules, plan))
+        names = [o.name.partition(".")[0] for o in program.outputs if o.role == "grad"]
+        assert {*zip(names, behind, strict=True)} == {("trunk", frozenset({0, 1})), ("one", frozenset({0})), ("two", frozenset({1}))}

@@ -21,6 +21,7 @@ from . import infer
 from .collectives import ProcessWire
 from .dtensors import as_dtensor, torch_placements
 from .place import Place, load
+from .reach import reached
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Executable:
     tied: Mapping[str, str]
     training: bool
     mode: str
+    reached: tuple[frozenset[int], ...]  # of each gradient: the outputs whose gradient enters into it
 
     @classmethod
     def of(cls, lowered: Program, source: str, inference_source: Callable[[], str], *, training: bool) -> Executable:
@@ -55,6 +57,7 @@ class Executable:
             lowered.tied,
             training,
             lowered.mode,
+            reached(lowered),
         )
 
 
@@ -227,6 +230,7 @@ class _Roles:
         order = {(i.name, i.index): k for k, i in enumerate(self.leading) if i.role in ("param", "input")}
         self.grad_slots = [order[o.name, o.index] for o, _ in ends if o.role == "grad"]
         changed = {o.name for o in self.results if o.role == "mutation"}
+        self.reached = e.reached
         self.changed = [k for k, i in enumerate(self.leading) if i.role == "buffer" and i.name in changed]
 
 
@@ -281,7 +285,10 @@ class _Step(torch.autograd.Function):
         saved, ctx.saved, ctx.versions, ctx.owners = ctx.saved, None, None, ()
         results = _owned(pm._backward(saved, *tangents), given)
         out: list[Tensor | None] = [None] * len(roles.leading)
-        for slot, grad in zip(roles.grad_slots, results, strict=True):
+        arrived = {o.index for o, g in zip(roles.results, grads, strict=True) if o.role == "output" and g is not None}
+        for slot, grad, behind in zip(roles.grad_slots, results, roles.reached, strict=True):
+            if not behind & arrived:
+                continue
             item, spec = roles.leading[slot], roles.leading_specs[slot]
             out[slot] = as_dtensor(grad, pm._mesh, torch_placements(spec), spec.shape) if item.role == "param" else grad
         return (None, *out)

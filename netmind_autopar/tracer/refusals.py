@@ -107,7 +107,8 @@ def check_model(model: nn.Module) -> None:
                 why=f"{type(module).__name__} spreads it over devices in its own way",
                 try_="pass the module inside, model.module",
             )
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None and module.training and module.track_running_stats:
+        norm = isinstance(module, nn.modules.batchnorm._NormBase)
+        if norm and module.momentum is None and module.training and module.track_running_stats:
             raise InputError(
                 "a batch norm with momentum=None averages by a number that is read out of a tensor",
                 where=title,
