@@ -72,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--plan", required=True, metavar="PLAN", help="a file written by `plan --json`")
     sub.add_argument("--steps", type=_positive, default=1, metavar="N", help="training steps to compare (1)")
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), help="compute in another dtype than the model file's")
+    sub.add_argument("--as-given", action="store_true", help="no noise on parameters and inputs (it shows what ones and zeros hide)")
+    sub.add_argument("--repro", metavar="DIR", help="when they differ: make the case small and write repro.py and plan.json there")
 
     sub = command("mesh", run_mesh, "show the axes and links of a mesh")
     sub.add_argument("mesh", metavar="MESH", help="axes and sizes, outermost first: dp=2,tp=4")
@@ -234,7 +236,8 @@ def run_diff(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     import torch
 
-    from .verification import verify
+    from .verification import AMOUNT, verify
+    from .verification.show import verify_report
 
     plan = Plan.load(args.plan)
     with _progress() as progress:
@@ -244,8 +247,14 @@ def run_verify(args: argparse.Namespace) -> int:
             loaded, plan = _in_dtype(loaded, plan, args.dtype)
         progress(f"running {' × '.join(map(str, plan.sizes))} ranks in lockstep")
         trainer = (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)) if args.steps > 1 else None
-        result = verify(loaded.model, loaded.inputs, plan, steps=args.steps, optimizer=trainer)
-    _show(report.verify_report(result))
+        noise = 0.0 if args.as_given else AMOUNT
+        result = verify(loaded.model, loaded.inputs, plan, steps=args.steps, optimizer=trainer, perturb=noise)
+        if args.repro and result.failure:
+            progress("making the failing case small")
+            result = result.shrink()
+    _show(verify_report(result))
+    if args.repro and result.failure:
+        print(result.save(args.repro))
     return OK if result.ok else DIFFERS
 
 

@@ -341,20 +341,6 @@ def _changes(title: str, a: Mapping[str, str], b: Mapping[str, str], names: tupl
     return [Text(), _section(title, table)]
 
 
-def verify_report(report: object) -> Group:
-    """The outcome of `verify`: one line per compared tensor, worst first, and the first operation that differs."""
-    ok = bool(report.ok)  # type: ignore[attr-defined]
-    error = float(report.max_rel_error)  # type: ignore[attr-defined]
-    verdict = Text(
-        "the plan computes what the model computes" if ok else "the plan does NOT compute what the model computes",
-        style="green" if ok else "bold red",
-    )
-    parts: list[RenderableType] = [verdict + Text(f": largest relative difference {error:.1e}", style="")]
-    if first := report.first_difference:  # type: ignore[attr-defined]
-        parts.append(Text(f"first operation that differs: {first}"))
-    return Group(*parts)
-
-
 def mesh_report(mesh: Mesh) -> Group:
     """The axes of a mesh with their links, and the device."""
     devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"

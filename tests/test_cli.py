@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,32 @@ def test_diff(plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_verify(plan_file: Path, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", MLP, "--plan", str(plan_file), *extra]) == 0
     assert "computes what the model computes" in capsys.readouterr().out
+
+
+def test_verify_writes_down_what_differs(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from netmind_autopar.runtime import collectives
+
+    right = collectives._BUILDERS["all_reduce"]
+
+    def doubled(*args: object) -> collectives.Stage:
+        step = right(*args)  # type: ignore[arg-type]
+        return collectives.Stage(step.pack, lambda y: 2 * step.unpack(y), step.wire, step.axis, step.op)
+
+    monkeypatch.setitem(collectives._BUILDERS, "all_reduce", doubled)
+    collectives.stage.cache_clear()
+    folder = tmp_path / "bug"
+    assert cli.main(["verify", MLP, "--plan", str(plan_file), "--repro", str(folder)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "does NOT compute" in shown and "all_reduce over axis" in shown and "repro.py shows it by itself" in shown
+    assert runpy.run_path(str(folder / "repro.py"))["CASE"].main() == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert cli.main(["verify", MLP, "--plan", str(folder / "plan.json"), "--as-given"]) == 1
+    monkeypatch.undo()
+    collectives.stage.cache_clear()
+    assert runpy.run_path(str(folder / "repro.py"))["CASE"].main() == 0
+    assert cli.main(["verify", MLP, "--plan", str(folder / "plan.json")]) == 0
 
 
 def test_verify_refuses_the_plan_of_another_model(plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from netmind_autopar import report
 from netmind_autopar.ir.plan import Collective, Cost, Memory, Plan, PlanAxis, Replicated
 from netmind_autopar.ir.spec import Replicate, Shard, Spec, parse_spec
 from netmind_autopar.solver.explain import ClassRow, ConversionRow
+from netmind_autopar.verification import Report, Row
+from netmind_autopar.verification.show import verify_report
 
 
 def example() -> Plan:
@@ -160,8 +161,13 @@ def test_size(value: float, text: str) -> None:
 
 
 def test_verify_report_says_which_operation_differs() -> None:
-    bad = SimpleNamespace(ok=False, max_rel_error=0.25, first_difference="mm_3  model.py:12  self.fc(x)", rows=())
-    shown = report.render(report.verify_report(bad))
+    rows = tuple(Row(0, "gradient", f"fc{i}.weight", error, 1e-9) for i, error in enumerate((0.0, 3e-9, 0.25)))
+    bad = Report(rows, "mm_3  model.py:12  self.fc(x)", ("a note",))
+    shown = report.render(verify_report(bad))
     assert "does NOT compute" in shown
     assert "2.5e-01" in shown
     assert "model.py:12" in shown
+    assert "2 of 3 comparisons failed" in shown
+    assert shown.index("fc2.weight") < shown.index("fc1.weight")
+    assert "fc0.weight" not in shown
+    assert "note: a note" in shown

@@ -14,10 +14,12 @@ from __future__ import annotations
 from .check import Failure, compare, verify
 from .judge import TOLERANCE, VANISHING, relative_error, tolerance
 from .locate import Difference
+from .perturb import AMOUNT
 from .report import Report, Row
 from .sides import Optimizer
 
 __all__ = [
+    "AMOUNT",
     "TOLERANCE",
     "VANISHING",
     "Difference",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..ir.errors import InputError
 
 if TYPE_CHECKING:
     from .check import Failure
@@ -73,6 +76,24 @@ class Report:
         from .repro import write
 
         write(self.shrink().shrunk, path)
+
+    def save(self, folder: str | os.PathLike[str]) -> str:
+        """Write repro.py and, where the whole model fails with a smaller plan, plan.json into a folder; what was written, in words."""
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {place}", why=str(error), try_="name a folder that can be written") from None
+        report = self.shrink()
+
+        written = []
+        if report.shrunk is not None and report.shrunk.case is not None:
+            report.write_repro(place / "repro.py")
+            written.append(f"{place / 'repro.py'} shows it by itself")
+        if report.shrunk is not None and report.shrunk.plan is not None:
+            report.shrunk.plan.save(place / "plan.json")
+            written.append(f"{place / 'plan.json'} is the smallest plan of the whole model that fails")
+        return "; ".join(written) or "nothing was written: the failure could not be cut out of the program"
 
     def __str__(self) -> str:
         failed = [row for row in self.rows if not row.ok]
