@@ -115,7 +115,7 @@ class _Names:
             "the model writes into what it was given",
             where=what,
             why="inputs and parameters are shared between devices",
-            try_="clone the tensor before writing into it, or register it as a buffer; a cache may be written into with mode=\"inference\"",
+            try_='clone the tensor before writing into it, or register it as a buffer; a cache may be written into with mode="inference"',
         )
 
     def _qualified(self, name: str) -> str:
