@@ -332,3 +332,37 @@ def test_a_masked_causal_block() -> None:
     for start, end in ((0, 3), (3, 6)):
         part, _ = ops.attention(q[:, :, start:end], k, v, mask[:, :, start:end], None, True, 0.3, 0.0, 0, 0, 0, 4, start, 6)
         close(part, expected[:, :, start:end])
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient"])
+@pytest.mark.parametrize(("start", "s", "t"), [(0, 6, 6), (4, 3, 9), (6, 2, 8), (0, 3, 7)])
+def test_how_the_kernels_of_a_gpu_are_called(name: str, start: int, s: int, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with their conventions: flash aligns the last row with the last key, the memory-efficient one the first with the first."""
+    from netmind_autopar.kernels import attention as kernel
+
+    def weights(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+        scores = q @ k.transpose(2, 3) * scale
+        seen = torch.ones(scores.shape[2:], dtype=torch.bool).tril(k.shape[2] - q.shape[2] if name == "flash" else 0)
+        return scores.masked_fill(~seen, -float("inf")) if causal else scores
+
+    def forward(_: str, q: Tensor, k: Tensor, v: Tensor, bias: None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        scores = weights(q, k, causal, scale)
+        return scores.softmax(3) @ v, scores.logsumexp(3)
+
+    def backward(_: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: None, causal: bool, scale: float):
+        shares = (weights(q, k, causal, scale) - lse.unsqueeze(3)).exp()
+        ds = shares * (grad @ v.transpose(2, 3) - (grad * out).sum(3, keepdim=True)) * scale
+        return ds @ k, ds.transpose(2, 3) @ q, shares.transpose(2, 3) @ grad
+
+    torch.manual_seed(0)
+    q, k, v = heads(2, 4, s, 8).detach(), heads(2, 2, t, 8).detach(), heads(2, 2, t, 8).detach()
+    rest = (None, None, True, 0.3, 0.0, 0, 0, 0, 4, start, t)
+    out, lse = kernel.attention(q, k, v, *rest)
+    grad = torch.randn_like(out)
+    expected = (out, lse, *kernel.attention_backward(grad, q, k, v, out, lse, *rest))
+    monkeypatch.setattr(kernel, "_kernel", lambda *_: name)
+    monkeypatch.setattr(kernel, "_fused", forward)
+    monkeypatch.setattr(kernel, "_fused_backward", backward)
+    out, lse = kernel.attention(q, k, v, *rest)
+    for mine, cpu in zip((out, lse, *kernel.attention_backward(grad, q, k, v, out, lse, *rest)), expected, strict=True):
+        close(mine, cpu)
