@@ -50,8 +50,8 @@ class Executable:
             inference_source,
             lowered.inputs,
             lowered.outputs,
-            specs,
-            lowered.expects["output"],  # type: ignore[arg-type]
+            specs,  # type: ignore[arg-type]
+            lowered.expects["output"],
             lowered.signature,
             lowered.constants,
             lowered.tied,
