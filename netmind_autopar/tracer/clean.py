@@ -52,6 +52,12 @@ SHARED = {
     _aten.slice.Tensor,
     operator.getitem,
 }
+# What uninitialised memory holds differs from run to run and from device to device: zeros instead.
+EMPTY = {
+    _aten.empty.memory_format: _aten.zeros.default,
+    _aten.empty_like.default: _aten.zeros_like.default,
+    _aten.new_empty.default: _aten.new_zeros.default,
+}
 DROPPED_KEYWORDS = ("device", "layout", "pin_memory")
 
 
