@@ -82,6 +82,8 @@ class Simplifier:
         target, val = node.target, node.meta.get("val")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
         kwargs = {k: v for k, v in kwargs.items() if k not in DROPPED_KEYWORDS}
+        if target in EMPTY:
+            target, kwargs = EMPTY[target], {k: v for k, v in kwargs.items() if k != "memory_format"}
         if target in ALIASES or (target in COPIES and _same(args[0].meta["val"], val)):
             return args[0]
         if target in VIEWS:
