@@ -265,10 +265,13 @@ def test_verify(plan_file: Path, extra: list[str], capsys: pytest.CaptureFixture
     assert "computes what the model computes" in capsys.readouterr().out
 
 
-def test_verify_writes_down_what_differs(
-    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_writes_down_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from netmind_autopar.runtime import collectives
+
+    plan_file = tmp_path / "plan.json"
+    odd = ["--random-costs", "3", "--json", str(plan_file)]
+    assert cli.main(["plan", MLP, "--mesh", "dp=2,tp=2", "--cluster", "h100-sxm", *odd]) == 0
+    assert "all_reduce" in {c.kind for c in Plan.load(plan_file).collectives}
 
     right = collectives._BUILDERS["all_reduce"]
 

@@ -13,7 +13,6 @@ from netmind_autopar.ir.plan import Plan
 from netmind_autopar.verification import relative_error
 
 
-
 def test_verify_is_public_and_leaves_the_model_alone() -> None:
     model, inputs, *_ = captured("mlp", torch.float64)
     before = {k: v.clone() for k, v in model.state_dict().items()}
