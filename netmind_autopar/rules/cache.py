@@ -18,7 +18,7 @@ from typing import Any
 from ..ir import flags
 from .discover import Found
 
-FORMAT, VERSION = "netmind-autopar-rule", 2  # the version changes with the search: what an older one found is not asked
+FORMAT, VERSION = "netmind-autopar-rule", 3  # the version changes with the search: what an older one found is not asked
 MAX_BYTES = 1 << 20
 
 
