@@ -24,7 +24,8 @@ LARGER = (21, 26, 33, 38, 45, 52, 57, 62, 69, 74, 81, 86)
 KEPT = 4  # sizes up to this are often the op's own (coordinates, pairs), so they stay
 POSITIONS = {"dim", "dims", "axis", "axes", "dim0", "dim1", "start_dim", "end_dim"}  # integers that count dims
 MAX_RUNS = 6000
-RUN_LIMIT_S, SEARCH_LIMIT_S = 0.5, 20.0
+RUN_LIMIT_S, SEARCH_LIMIT_S = 0.5, 20.0  # of CPU
+WAIT_LIMIT_S = 5.0  # of wall clock, for an op that waits for something
 
 
 class NotFound(Exception):
@@ -45,7 +46,7 @@ class Guarded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.runs += 1
-        start = time.thread_time()
+        start, since = time.thread_time(), time.perf_counter()
         try:
             result = self.target(*args, **kwargs)
         except Exception as error:
@@ -54,10 +55,10 @@ class Guarded:
         now = time.thread_time()
         if self.runs == 1:  # torch imports much when it first runs an op of the user's
             self.deadline = now + SEARCH_LIMIT_S
-        elif now - start > RUN_LIMIT_S:
+        elif now - start > RUN_LIMIT_S or time.perf_counter() - since > WAIT_LIMIT_S:
             self.slow += 1
         if self.slow > 2 or now > self.deadline or self.runs > MAX_RUNS:
-            raise NotFound(f"it takes long: {now - start:.1f} s for a small call, {self.runs} runs", lasting=False)
+            raise NotFound(f"it takes long: {time.perf_counter() - since:.1f} s for a small call, {self.runs} runs", lasting=False)
         return result
 
 
