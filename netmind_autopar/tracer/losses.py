@@ -101,6 +101,7 @@ def cross_entropy(
     logp = torch.log_softmax(x, 0 if x.dim() == 1 else 1)
     if target.is_floating_point():
         return _soft_cross_entropy(logp, target, weight, reduction, label_smoothing)
+    assert weight is not None
     classes, (flat, index) = logp.shape[0 if x.dim() == 1 else 1], _classes_last(logp, target)
     used = index != ignore_index
     smooth = -(flat * weight).sum(1) * used
