@@ -231,33 +231,34 @@ def cells(dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
 
 class SwitchMoE(nn.Module):
-    """Experts behind dispatch and combine masks [tokens, experts, capacity] (Lepikhin et al., arXiv:2006.16668)."""
+    """Experts behind dispatch and combine masks [groups, tokens, experts, capacity] (Lepikhin et al., arXiv:2006.16668)."""
 
-    def __init__(self, hidden: int = 8, wide: int = 12, experts: int = 4, capacity: int = 5, top: int = 2) -> None:
+    def __init__(self, hidden: int = 8, wide: int = 12, experts: int = 4, capacity: int = 3, top: int = 2) -> None:
         super().__init__()
         self.experts, self.capacity, self.top = experts, capacity, top
         self.router = nn.Linear(hidden, experts, bias=False)
         self.up, self.down = nn.Parameter(torch.randn(experts, hidden, wide) * 0.3), nn.Parameter(torch.randn(experts, wide, hidden) * 0.3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = x.reshape(-1, x.shape[-1])
-        gates = torch.softmax(self.router(tokens), -1)
-        combine, taken = tokens.new_zeros(*gates.shape, self.capacity), torch.zeros_like(gates)
+        """x [groups, tokens, hidden]. Each group fills its own places: groups over devices, then experts, is an all-to-all."""
+        gates = torch.softmax(self.router(x), -1)
+        combine, taken = x.new_zeros(*gates.shape, self.capacity), torch.zeros_like(gates)
         weight, chosen = torch.topk(gates, self.top, -1)
         weight = weight / weight.sum(-1, keepdim=True)
         for k in range(self.top):
-            mask = F.one_hot(chosen[:, k], self.experts).to(x.dtype)
-            place = (torch.cumsum(mask, 0) - 1 + taken.sum(0)) * mask
+            mask = F.one_hot(chosen[..., k], self.experts).to(x.dtype)
+            place = (torch.cumsum(mask, 1) - 1 + taken.sum(1, keepdim=True)) * mask
             taken = taken + mask
             keep = mask * (place < self.capacity)
             slot = F.one_hot(place.sum(-1).long().clamp(max=self.capacity - 1), self.capacity).to(x.dtype)
-            combine = combine + torch.einsum("n,ne,nc->nec", weight[:, k], keep, slot)
+            combine = combine + torch.einsum("gs,gse,gsc->gsec", weight[..., k], keep, slot)
         dispatch = (combine > 0).to(x.dtype)
-        inner = torch.einsum("nec,nd->ecd", dispatch, tokens)
-        inner = F.relu(torch.einsum("ecd,edf->ecf", inner, self.up))
-        inner = torch.einsum("ecf,efd->ecd", inner, self.down)
-        balance = (gates.mean(0) * F.one_hot(chosen[:, 0], self.experts).to(x.dtype).mean(0)).sum() * self.experts
-        return torch.einsum("nec,ecd->nd", combine, inner).reshape(x.shape), balance
+        inner = torch.einsum("gsec,gsd->egcd", dispatch, x)
+        inner = F.relu(torch.einsum("egcd,edf->egcf", inner, self.up))
+        inner = torch.einsum("egcf,efd->egcd", inner, self.down)
+        first = F.one_hot(chosen[..., 0], self.experts).to(x.dtype)
+        balance = (gates.mean((0, 1)) * first.mean((0, 1))).sum() * self.experts
+        return torch.einsum("gsec,egcd->gsd", combine, inner), balance
 
 
 class Switch(nn.Module):
