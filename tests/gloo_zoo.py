@@ -35,8 +35,8 @@ def train(case: dict) -> dict[str, float]:
     """The worst relative error of losses, and of parameters and buffers after the last step, over all ranks."""
     entry = ZOO[case["zoo"]]
     start = time.process_time()
+    model, inputs = entry.make(torch.float64)  # imports the library's modules, which are then widened
     with float32_is_float64():
-        model, inputs = entry.make(torch.float64)
         alone = copy.deepcopy(model) if dist.get_rank() == 0 else None
         if dist.get_rank():
             with torch.no_grad():
