@@ -224,6 +224,27 @@ def test_float32_is_checked_in_float64_too() -> None:
     assert compare(model, inputs, program, good, plan).ok
 
 
+class Angles(nn.Module):
+    """Has no value where noise moves its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((6,), 0.99, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * torch.asin(self.w)).sum()
+
+
+def test_noise_that_drives_a_model_out_of_its_range_is_taken_back() -> None:
+    model, x = Angles(), torch.linspace(1, 2, 24, dtype=torch.float64).reshape(4, 6)
+    program = capture(model, x)
+    rules = bind_program(program)
+    plan = random_plan(program, rules, "a=2", 1)
+    report = compare(model, x, program, lower(program, rules, plan), plan, steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+    assert report.ok
+    assert any("as given" in note for note in report.notes)
+
+
 def test_the_report_is_readable() -> None:
     bad, plan = bad_of("norms", "a=4", 0, "doubled all-reduce")
     report = judged("norms", bad, plan)

@@ -132,9 +132,7 @@ class _Run:
 
     def step(self, step: int) -> Failure | None:
         """Compare one step and go on to the next; what is known of the first difference when there is one."""
-        state = self.side.snapshot(self.seed + step)
-        expected = self._expected(state, step)
-        state = self.side.state  # values as given when the noisy ones were no good
+        state, expected = self._expected(step)
         self.rows += [Row(step, "gradient", name, float("inf"), 0.0) for name in self.side.ungiven()]
         if self.lowered.outputs != self.program.outputs:
             self.rows.append(Row(step, "output", "the program's ends", float("inf"), 0.0))
@@ -152,26 +150,25 @@ class _Run:
                 self.rows += self._parameters(step, expected)
         return failure
 
-    def _expected(self, state: dict[str, Tensor], step: int) -> list[Tensor]:
-        """The reference's results; where noise drove the model out of its range, the values are taken as they were given."""
-        self.side.state = state
-        trouble = None
+    def _expected(self, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """State and reference's results; where noise drove the model out of its range, the values are taken as they were given."""
+        state, trouble = self.side.snapshot(self.seed + step), None
         try:
             expected = self.side.reference(state)
             if step or not self.perturb or all(_finite(t) for t in expected):
-                return expected
+                return state, expected
         except Exception as error:
             if step or not self.perturb:
                 raise
             trouble = error
         calm = self._sides(0.0)
-        calm.state = calm.snapshot(self.seed + step)
-        other = calm.reference(calm.state)
+        given = calm.snapshot(self.seed)
+        other = calm.reference(given)
         if trouble is None and not all(_finite(t) for t in other):
-            return expected
+            return state, expected
         self.notes.append("values as given: with noise on them the model itself gives no finite result")
         self.side = calm
-        return other
+        return given, other
 
     def _attempt(self, run: Any, step: int) -> list[list[Tensor]] | None:
         try:

@@ -103,7 +103,7 @@ def _described(
         what = f"bucketed all_reduce over axis {source(node)[0].args[1]}"
     else:
         what = op_name(node) if node.op == "call_function" else f"{node.name}, given instead"
-    made = next((n.meta for n in program.graph.nodes if n.name == origin), {})
+    made: dict[str, Any] = next((n.meta for n in program.graph.nodes if n.name == origin), {})
     where, module = (str(node.meta.get(key) or made.get(key) or "") for key in ("where", "module"))
     return Difference(node.name, origin, what, spec, where, module, wrong, error, index, trouble)
 
@@ -116,10 +116,9 @@ def _pairs(
     value = truth.get(origin)
     if value is None:
         return []
+    spec: Any = lowered.specs[source(node)[0].name]
     if is_getitem(node):  # of a bucket
-        spec = lowered.specs[source(node)[0].name][source(node)[1]]  # type: ignore[index]
-    else:
-        spec = lowered.specs[node.name]  # type: ignore[assignment]
+        spec = spec[source(node)[1]]
     if isinstance(spec, Spec):
         return [(origin, index, value[index] if isinstance(value, (tuple, list)) else value, list(locals_), spec)]
     return [

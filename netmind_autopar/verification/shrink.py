@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import AutoparError, InputError
 from ..ir.mesh import parse_axes
@@ -125,13 +125,14 @@ def _less_split(case: Case) -> Iterator[Case]:
                 less = replace(step, split=" ".join([*symbols[:a], "-", *symbols[a + 1 :]]))
                 yield replace(case, steps=(*case.steps[:i], less, *case.steps[i + 1 :]))
     for field in ("given", "wanted"):
-        items = getattr(case, field)
+        items: tuple[Any, ...] = getattr(case, field)
         for i, item in enumerate(items):
             spec = parse_spec(item.layout)
             for a, placement in enumerate(spec.placements):
                 if placement != Replicate():
                     whole = spec.with_placements(Replicate() if k == a else p for k, p in enumerate(spec.placements))
-                    yield replace(case, **{field: (*items[:i], replace(item, layout=str(whole)), *items[i + 1 :])})
+                    changed: dict[str, Any] = {field: (*items[:i], replace(item, layout=str(whole)), *items[i + 1 :])}
+                    yield replace(case, **changed)
 
 
 def _without_axis(case: Case, axis: int) -> Case:
@@ -192,7 +193,11 @@ def _smallest_plan(failure: Failure, case: Case) -> tuple[Plan | None, tuple[str
     options = ((near, kept_axes, sizes), (split, kept_axes, sizes), (split, list(range(len(failure.plan.mesh))), list(failure.plan.sizes)))
     for kept, axes, counts in options:
         if fails(plan_of(kept, axes, counts)):
-            fewest = _fewest(sorted(kept), lambda some, axes=axes, counts=counts: fails(plan_of(set(some), axes, counts)))
+
+            def still(some: list[str], axes: list[int] = axes, counts: list[int] = counts) -> bool:
+                return fails(plan_of(set(some), axes, counts))
+
+            fewest = _fewest(sorted(kept), still)
             return plan_of(set(fewest), axes, counts), tuple(fewest)
     return None, ()
 
