@@ -171,8 +171,11 @@ def reduced(op: Any, position: int) -> Callable[..., Tensor]:
     """An op with a `reduction` argument: element by element, then a sum and a division by the global count."""
 
     def run(*args: Any, **options: Any) -> Tensor:
-        reduction = args[position] if len(args) > position else options.pop("reduction", 1)
-        out = op(*args[:position], 0, *args[position + 1 :], **options)
+        reduction = args[position] if len(args) > position else options.get("reduction", 1)
+        if len(args) > position:
+            out = op(*args[:position], 0, *args[position + 1 :], **options)
+        else:  # what stands before it may have been left out too
+            out = op(*args, **{**options, "reduction": 0})
         if reduction == 0:
             return out
         return out.sum() / max(1, out.numel()) if reduction == 1 else out.sum()
