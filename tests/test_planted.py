@@ -224,6 +224,24 @@ def test_float32_is_checked_in_float64_too() -> None:
     assert compare(model, inputs, program, good, plan).ok
 
 
+def test_a_buffer_whose_new_value_is_lost() -> None:
+    """The program hands out no new running variance: the model's changes, the ranks' would stay."""
+    model, inputs, program, rules = made("norms")
+    lost = next(k for k, o in enumerate(program.outputs) if o.name == "norm.running_var")
+
+    def without(whole: Program) -> Program:
+        with whole.edit() as draft:
+            out = next(n for n in draft.graph.nodes if n.op == "output")
+            leaves = planted.tree_leaves(out.args)
+            out.args = ((*leaves[:lost], *leaves[lost + 1 :]),)
+        return replace(draft.program, outputs=(*whole.outputs[:lost], *whole.outputs[lost + 1 :]))
+
+    small = without(program)
+    plan = random_plan(small, rules, "a=2", 0)
+    report = compare(model, inputs, small, lower(small, rules, plan), plan)
+    assert [(row.kind, row.name) for row in report.rows if not row.ok] == [("buffer", "norm.running_var")]
+
+
 class Angles(nn.Module):
     """Has no value where noise moves its parameter."""
 

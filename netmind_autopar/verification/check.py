@@ -134,6 +134,7 @@ class _Run:
         """Compare one step and go on to the next; what is known of the first difference when there is one."""
         state, expected = self._expected(step)
         self.rows += [Row(step, "gradient", name, float("inf"), 0.0) for name in self.side.ungiven()]
+        self.rows += [Row(step, "buffer", name, float("inf"), 0.0) for name in self.side.unkept(state)]
         if self.lowered.outputs != self.program.outputs:
             self.rows.append(Row(step, "output", "the program's ends", float("inf"), 0.0))
             return None

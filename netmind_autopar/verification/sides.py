@@ -170,6 +170,14 @@ class Sides:
         found = {o.name for o in self.lowered.outputs if o.role == "grad" and o.index < 0}
         return sorted((given - found) | (found - trained))
 
+    def unkept(self, state: State) -> list[str]:
+        """Buffers that the original changed and of which the program hands out no new value; after `reference`."""
+        if self.random:
+            return []
+        kept = {o.name for o in self.program.outputs if o.role == "mutation"}
+        held = [(i.name, state[i.node]) for i in self.program.inputs if i.role == "buffer" and i.name not in kept]
+        return [name for name, before in held if not _same(before, self.original(name))]
+
     def lockstep(self, state: State, observe: simulate.Observer | None = None) -> list[list[Tensor]]:
         """The program's results as every rank computes them from its own parameters, local tensors in rank order."""
         inputs = {name: self.locals.get(name) or self.split(name, value) for name, value in state.items()}
@@ -192,6 +200,10 @@ class Sides:
                     self.original(out.name).grad = want.clone()
         for optimizer in self.optimizers:
             optimizer.step()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
 def captured(program: Program, state: State) -> list[Tensor]:
