@@ -357,7 +357,7 @@ class Select(nn.Module):
 
 class Noise(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.rand_like(x)
+        return x + torch.poisson(x)
 
 
 class Writes(nn.Module):
@@ -377,7 +377,7 @@ class Fails(nn.Module):
         (Branch(), "if x.sum() > 0:", "depends on the values"),
         (Item(), "return x * x.max().item()", "depends on the values"),
         (Select(), "return x[x > 0].sum()", "depends on the values"),
-        (Noise(), "return x + torch.rand_like(x)", "random numbers"),
+        (Noise(), "return x + torch.poisson(x)", "random numbers"),
         (Writes(), "x", "writes into"),
         (Fails(), "return x @ x", "failed while"),
     ],
