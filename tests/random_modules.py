@@ -28,6 +28,7 @@ from random_math import ARITHMETIC
 from random_shapes import SHAPES
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = (*SHAPES, *ARITHMETIC)
 LARGEST = 1500  # elements of a value
@@ -226,12 +227,28 @@ def _lines(g: Draw, op: Callable[[Draw, Value], str | None], x: Value, name: str
     return tuple(g.lines)
 
 
+class DenseNorms(TorchDispatchMode):
+    """Backwards of norms get dense operands: on the CPU they read wrong memory where input and gradient are strided differently.
+
+    torch 2.13: `batch_norm` of a dense [1, c, 1, w] whose gradient comes through a transpose gives its weight a wrong gradient.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "norm_backward" in str(func):
+            args = pytree.tree_map_only(Tensor, Tensor.contiguous, args)
+        return func(*args, **(kwargs or {}))
+
+
 def refusal(recipe: Recipe) -> str:
-    """Why eager PyTorch is no judge of this module: it raises, is not finite, or rounding decides its result. "" when it is fine."""
+    """Why eager PyTorch is no judge of this module; "" when it is fine.
+
+    It raises, is not finite, rounding decides its result, or its own gradients are wrong.
+    """
     try:
-        model, inputs = recipe.build()
         with _quiet():
-            plain, nudged = _results(model, inputs, 0.0), _results(*recipe.build(), NUDGE)
+            plain, nudged = _results(*recipe.build(), 0.0), _results(*recipe.build(), NUDGE)
+            with DenseNorms():
+                dense = _results(*recipe.build(), 0.0)
     except (RuntimeError, ValueError, IndexError, TypeError) as e:
         return f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"
     if not all(bool(t.isfinite().all()) for t in plain):
@@ -240,6 +257,8 @@ def refusal(recipe: Recipe) -> str:
     for a, b in zip(plain, nudged, strict=True):
         if a.is_floating_point() and float((a - b).abs().max()) > loudest * NUDGE * max(float(a.abs().max()), 1e-3):
             return "rounding decides"
+    if any(not torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(plain, dense, strict=True)):
+        return "eager reads wrong memory"
     return ""
 
 

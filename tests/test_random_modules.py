@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from random_check import Case, Subject, Verdict, smallest, story
 from random_layers import LAYERS
 from random_math import ARITHMETIC
-from random_modules import draw_recipe, random_module, recipe_of, refusal
+from random_modules import DenseNorms, draw_recipe, random_module, recipe_of, refusal
 from random_plans import random_plan
 from random_shapes import SHAPES
 from test_exact import captured as captured_family
@@ -120,6 +120,23 @@ def test_a_module_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     fewer = [recipe.without(k) for k in range(len(recipe.steps))]
     assert all("torch.tanh" not in r.source() or refusal(r) for r in fewer)  # no step can go
     assert any(verdict.text in line for line in story(recipe, case, verdict).splitlines())
+
+
+def test_a_wrong_judge_is_known() -> None:
+    """Eager PyTorch's own batch norm gives its weight a wrong gradient in this module; numeric differentiation says so too."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(1, 3, 1, 2, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)
+    mean, var, scale = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5, torch.ones(3, dtype=torch.float64)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.batch_norm(x, mean, var, w, None, False).flatten(2).transpose(1, 2) * weights).sum()
+
+    with DenseNorms():
+        w = scale.clone().requires_grad_()
+        loss(w).backward()
+    assert w.grad is not None
+    numeric = torch.stack([(loss(scale + h) - loss(scale - h)) / 2e-6 for h in torch.eye(3, dtype=torch.float64) * 1e-6])
+    assert torch.allclose(w.grad, numeric, atol=1e-6)
 
 
 def test_lines_of_a_module_are_found() -> None:
