@@ -34,6 +34,7 @@ class Model(nn.Module):
         self.fc, self.table, self.lstm = nn.Linear(4, 4), nn.Embedding(5, 4, max_norm=1.0), nn.LSTM(1, 2, batch_first=True)
         self.calls, self.seen, self.last, self.mask = 0, [], None, None
         self.log: dict[str, int] = {}
+        self.register_buffer("rows", torch.zeros(1, 4))
 
 
 @refused("depends on the values")
@@ -140,6 +141,12 @@ def remembers(self: Any, x: Tensor) -> Tensor:
     x = self.fc(x) if self.last is None else self.fc(x) + self.last  # here
     self.last = x.detach()
     return x
+
+
+@refused("replaces the buffer rows by one of another form")
+def grows(self: Any, x: Tensor) -> Tensor:
+    self.rows = torch.cat([self.rows, x.detach()])  # here
+    return self.fc(x) + self.rows.sum()
 
 
 @refused("random numbers from random")

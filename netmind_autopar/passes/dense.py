@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from .pipeline import Lowering
 
 _aten = torch.ops.aten
-DENSE_ONLY = {_aten.native_group_norm.default, _aten.native_group_norm_backward.default, _aten.native_layer_norm_backward.default}
+DENSE_ONLY = {
+    _aten.native_group_norm.default,
+    _aten.native_group_norm_backward.default,
+    _aten.native_layer_norm_backward.default,
+    _aten.view_as_complex.default,
+    _aten.view.dtype,
+}
 
 
 def make_dense(program: Program, context: Lowering) -> Program:

@@ -25,7 +25,7 @@ from .normalize import DECOMPOSITIONS, Random, normalize
 from .origin import module_path, where
 from .refusals import check_graph, check_model, check_result, explain, writes, written
 from .signature import Call, Selection, sample_call
-from .state import Dice, Watch
+from .state import Dice, Rebound, Watch
 
 _PREFIX = "model"  # the name under which the user's module hangs in the traced one
 
@@ -137,7 +137,9 @@ class _Wrapper(nn.Module):
     def forward(self, seed: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model, dice = self.get_submodule(_PREFIX), Dice()
         args, kwargs = self.call_shape.arguments(list(tensors))
+        rebound = Rebound(model)
         result = model(*args, **kwargs)
+        rebound.settle()
         dice.check(lambda: model(*args, **kwargs))
         self.watch.note()
         check_result(model, result)

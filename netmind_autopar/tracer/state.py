@@ -25,6 +25,33 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.
 _HIDDEN = ("_parameters", "_buffers", "_modules")
 
 
+class Rebound:
+    """Buffers that forward replaces, `self.queue = torch.cat(...)`: the new value is written into the old tensor, as a graph can."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.before = [
+            (path, module, name, tensor) for path, module in model.named_modules() for name, tensor in vars(module)["_buffers"].items()
+        ]
+
+    def settle(self) -> None:
+        """To be called after forward, while it is traced. Raises CaptureError for a new value that does not fit the old tensor."""
+        for path, module, name, old in self.before:
+            new = module._buffers.get(name)
+            if new is old:
+                continue
+            if old is None or new is None or new.shape != old.shape or new.dtype != old.dtype:
+                was, now = ("None" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (old, new))
+                raise CaptureError(
+                    f"forward replaces the buffer {f'{path}.{name}'.lstrip('.')} by one of another form",
+                    where=line_of(type(module).forward, f".{name}"),
+                    why=f"it was {was} and becomes {now}: the next call would be another program",
+                    try_="a buffer of fixed shape and dtype, such as a ring that is full from the start",
+                )
+            with torch.no_grad():
+                old.copy_(new.detach())
+            module._buffers[name] = old
+
+
 class Watch:
     """The plain attributes of every module of `model` before and after a trace."""
 
