@@ -18,7 +18,17 @@ from netmind_autopar.verification import compare
 
 VIEWS = {"aten.view.default", "aten._unsafe_view.default"}  # lowered to reshape
 OWN = {"autopar.attention.default", "autopar.attention_backward.default"}  # their kernels are tested with their own
-GARBAGE = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
+GARBAGE = {
+    f"aten.{op}"
+    for op in (
+        "empty.memory_format",
+        "empty_like.default",
+        "new_empty.default",
+        "empty_permuted.default",
+        "empty_strided.default",
+        "new_empty_strided.default",
+    )
+}
 
 
 def turned(t: Tensor) -> Tensor:
@@ -72,6 +82,39 @@ def test_norms_of_turned_tensors(mesh: str) -> None:
         plan = random_plan(program, rules, mesh, seed)
         report = compare(model, x, program, lower(program, rules, plan), plan)
         assert report.ok, f"seed {seed}: {report.first_difference}"
+
+
+@torch.library.custom_op("dense_probe::first_bytes", mutates_args=())
+def reads_as_dense(x: Tensor) -> Tensor:
+    """A kernel that takes its operand for dense, as hand-written ones do."""
+    return torch.as_strided(x, x.shape, torch.empty(x.shape).stride(), x.storage_offset()) * 2.0
+
+
+reads_as_dense.register_fake(lambda x: torch.empty(x.shape, dtype=x.dtype))
+reads_as_dense.register_autograd(lambda ctx, grad: grad * 2.0)
+
+
+class Foreign(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 12, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).view(4, 3, 4).transpose(1, 2).contiguous()
+        return reads_as_dense(y).sin().sum()
+
+
+def test_ops_of_other_libraries_get_what_eager_gives_them() -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    model = Foreign()
+    program = capture(model, x)
+    rules = bind_program(program)
+    for mesh in ("a=4", "a=2,b=2", "a=3"):
+        for seed in range(4):
+            plan = random_plan(program, rules, mesh, seed)
+            report = compare(model, x, program, lower(program, rules, plan), plan)
+            assert report.ok, f"{mesh} seed {seed}: {report.first_difference}"
 
 
 class Attention(nn.Module):

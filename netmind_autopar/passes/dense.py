@@ -19,21 +19,36 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 DENSE_ONLY = {
-    _aten.native_group_norm.default,
-    _aten.native_group_norm_backward.default,
-    _aten.native_layer_norm_backward.default,
-    _aten.view_as_complex.default,
-    _aten.view.dtype,
+    getattr(getattr(_aten, name), overload)
+    for name, overload in (
+        ("native_group_norm", "default"),
+        ("native_group_norm_backward", "default"),
+        ("native_layer_norm_backward", "default"),
+        ("_weight_norm_interface", "default"),
+        ("_weight_norm_interface_backward", "default"),
+        ("adaptive_max_pool3d_backward", "default"),
+        ("fractional_max_pool2d_backward", "default"),
+        ("fractional_max_pool3d_backward", "default"),
+        ("linalg_matrix_exp", "default"),
+        ("_pdist_forward", "default"),
+        ("view_as_complex", "default"),
+        ("view", "dtype"),
+    )
 }
+FAMILIES = {"aten", "prims", "autopar"}  # ops of other libraries may read anything as if it were dense: eager mostly gives them so
+
+
+def wants_dense(node: fx.Node) -> bool:
+    return node.target in DENSE_ONLY or getattr(node.target, "namespace", "aten") not in FAMILIES
 
 
 def make_dense(program: Program, context: Lowering) -> Program:
-    """Put `contiguous` before every operand of the ops in `DENSE_ONLY`: it copies only what is not dense already."""
-    if not any(node.target in DENSE_ONLY for node in program.graph.nodes):
+    """Put `contiguous` before every operand of the ops that want it: it copies only what is not dense already."""
+    if not any(wants_dense(node) for node in program.graph.nodes):
         return program
     with program.edit() as new:
         for node in list(new.graph.nodes):
-            if node.target in DENSE_ONLY:
+            if wants_dense(node):
                 _dense_operands(new, node)
     return new.program
 
