@@ -147,6 +147,7 @@ def failing(bug: Planted) -> Report:
 
 @pytest.mark.parametrize("bug", PLANTED.values(), ids=PLANTED)
 def test_a_bug_is_made_small_written_down_and_found_gone(bug: Planted, broken: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    made(bug.model)  # other tests share it: made before anything is broken
     undo = broken(bug.code)
     report = failing(bug)
     assert bug.origin in report.difference.origin
@@ -171,6 +172,7 @@ def test_a_bug_is_made_small_written_down_and_found_gone(bug: Planted, broken: A
 
 def test_the_script_runs_by_itself(broken: Any, tmp_path: Path) -> None:
     bug = PLANTED["kernel: the table begins at 0"]
+    made(bug.model)
     broken(bug.code)
     failing(bug).write_repro(tmp_path / "repro.py")
     (tmp_path / "plant.py").write_text(bug.code)
@@ -192,6 +194,7 @@ def test_the_script_runs_by_itself(broken: Any, tmp_path: Path) -> None:
 
 def test_shrinking_is_deterministic(broken: Any, tmp_path: Path) -> None:
     bug = PLANTED["rule: gelu is linear"]
+    made(bug.model)
     broken(bug.code)
     texts = []
     for i in range(2):
