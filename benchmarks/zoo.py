@@ -159,7 +159,8 @@ Written by `benchmarks/zoo.py`; the models are those of `tests/zoo.py`, small, b
 
 {len(done)} of {len(rows)} models are captured. {exact} of {len(proofs)} plans are exact: all ranks in lockstep against the original, every
 output, gradient and buffer over two steps of SGD with momentum; in float64 the solver's plan, one under random
-prices (up to two axes) and a random legal one, in float32 one plan per mesh. {without} of {nodes} nodes ({_percent(without, nodes)}) are replicated for lack of a rule.
+prices (up to two axes) and a random legal one, in float32 one plan per mesh.
+{without} of {nodes} nodes ({_percent(without, nodes)}) are replicated for lack of a rule.
 
 Errors are relative to the largest magnitude of the tensor; allowed are {", ".join(f"{t:g} in {n}" for n, t in TOLERANCES.items())}.
 A float64 model that computes in float32 in places (norms, losses) is judged there as float32 against the original, and as float64 with
