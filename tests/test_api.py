@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import models
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import netmind_autopar
 from netmind_autopar import AutoparError, Plan, autoparallelize, plan
 from netmind_autopar.arguments import parse_memory
 from netmind_autopar.ir.errors import CaptureError, InputError, MeshError, PlanError, ProfileError, ShapeError, UnknownOpError
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    if dist.is_initialized():  # by a test before this one that named its mesh by a string
-        dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
-    dist.destroy_process_group()
 
 
 class Net(nn.Module):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
-import torch.distributed as dist
 from random_plans import random_plan
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from zoo import ZOO
 
@@ -340,15 +338,6 @@ def test_a_split_cache_stays_split() -> None:
 
 
 # --- the module that runs --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    if dist.is_initialized():  # by a test before this one that named its mesh by a string
-        dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
-    dist.destroy_process_group()
 
 
 def full(tensor: Tensor) -> Tensor:
