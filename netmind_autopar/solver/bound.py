@@ -20,6 +20,7 @@ import numpy as np
 from .memory import Moments, Pattern
 from .presolve import Kept
 from .problem import Choice, Problem, Value, wanted
+from .sweeps import Sweeps
 
 Prices = Mapping[int, float]  # moment -> seconds per byte
 
@@ -98,7 +99,7 @@ def group_sizes(value: Value) -> list[np.ndarray]:
     return [np.array([next(len(g) for g in per_state if t in g) for per_state in groups]) for t in takers]
 
 
-class Relaxed:
+class Relaxed(Sweeps):
     """The pairwise relaxation, its messages and its bound. Prices of moments may change while the messages stay."""
 
     def __init__(self, problem: Problem, kept: Kept, moments: Moments, weight: float = 1.0) -> None:
@@ -113,14 +114,7 @@ class Relaxed:
             for t, share in enumerate(parts):
                 self._add(value, t, np.where(np.isfinite(share), share, 4.0 * top + 1e-9))
         self._start_shares(weight)
-        self._link()
-
-    def _link(self) -> None:
-        self.before: list[list[int]] = [[] for _ in self.kept]
-        self.after: list[list[int]] = [[] for _ in self.kept]
-        for i, j in sorted(self.edge):
-            self.after[i].append(j)
-            self.before[j].append(i)
+        self.link()
 
     def _shares(self, value: Value, weight: float) -> list[np.ndarray]:
         """Per consumer the charge for every pair of states."""
@@ -148,7 +142,7 @@ class Relaxed:
                 self._add(value, t, share)
         self.constant = sum(prices.values()) * (self.problem.fixed_bytes - limit)
         self.prices = dict(prices)
-        self._link()
+        self.link()
 
     def _charge(self, value: Value, pattern: Pattern, price: float, source: np.ndarray, shares: list[np.ndarray]) -> None:
         holders = [t for t in range(len(shares)) if pattern.holds[t]]
@@ -225,51 +219,10 @@ class Relaxed:
         self.edge = {(i, j): table[at[i]][:, at[j]] for (i, j), table in self.edge.items()}
         self.kept = kept
 
-    def bound(self) -> float:
-        return self.constant + sum(float(t.min()) for t in self.node) + sum(float(t.min()) for t in self.edge.values())
-
-    def _collect(self, i: int) -> None:
-        """Bring everything that the edges around i say about i into its node."""
-        theta = self.node[i]
-        for j in self.before[i]:
-            table = self.edge[j, i]
-            least = table.min(axis=0)
-            theta += least
-            table -= least
-        for j in self.after[i]:
-            table = self.edge[i, j]
-            least = table.min(axis=1)
-            theta += least
-            table -= least[:, None]
-
     def sweep(self) -> tuple[Choice, list[np.ndarray]]:
         """One pass there and back. Returns a decoded choice and, per node, what each strategy costs above the best at least."""
-        n = len(self.kept)
-        picked = [0] * n
-        for i in range(n):
-            self._collect(i)
-            cost = self.node[i].copy()
-            for j in self.before[i]:
-                cost += self.edge[j, i][picked[j]]
-            picked[i] = int(cost.argmin())
-            self._spread(i, self.after[i], len(self.before[i]), forward=True)
-        excess: list[np.ndarray] = [np.zeros(0)] * n
-        for i in reversed(range(n)):
-            self._collect(i)
-            excess[i] = self.node[i] - self.node[i].min()
-            self._spread(i, self.before[i], len(self.after[i]), forward=False)
+        picked, excess = self.passes()
         return tuple(int(ks[k]) for ks, k in zip(self.kept, picked, strict=True)), excess
-
-    def _spread(self, i: int, ahead: list[int], behind: int, *, forward: bool) -> None:
-        if not ahead:
-            return
-        part = self.node[i] / max(len(ahead), behind)
-        for j in ahead:
-            if forward:
-                self.edge[i, j] += part[:, None]
-            else:
-                self.edge[j, i] += part
-        self.node[i] = self.node[i] - part * len(ahead)
 
 
 def prune(kept: Kept, excess: list[np.ndarray], bound: float, best: float) -> Kept:
