@@ -10,7 +10,7 @@ from netmind_autopar.ir.plan import Plan, PlanAxis
 from netmind_autopar.ir.program import Program
 from netmind_autopar.rules.algebra import Rule
 from netmind_autopar.solver.build import collect
-from netmind_autopar.solver.conversions import needed_conversions, owner_of
+from netmind_autopar.solver.conversions import needed_conversions, owner_of, uses, value_name
 from netmind_autopar.solver.solve import choices_to_strategies
 from netmind_autopar.tracer.hash import graph_hash
 
@@ -35,13 +35,21 @@ def random_plan(program: Program, rules: dict[str, Rule], mesh: str, seed: int, 
         strategies = choices_to_strategies(program, rules, plan)
         bad = [
             n
-            for n in needed_conversions(program, rules, strategies, links.sizes)
+            for n in needed_conversions(program, rules, strategies, links.sizes, frozenset())
             if conversions.seconds(n.source, n.target) == float("inf")
         ]
         if not bad:
-            return plan
+            return plan.model_copy(update={"regather": _some_values(program, class_of, draw)})
         for need in bad:
             ends = {need.producer, *(u.node if u.result is None else owner_of(program, u.result) or "" for u in need.uses)}
             for name in {class_of.get(end, end) for end in ends} & kinds.keys():
                 choices[name] = pick(name) if attempt < 100 else " ".join(kinds[name].strategies[0])
     raise AssertionError("no feasible plan was drawn")
+
+
+def _some_values(program: Program, class_of: dict[str, str], draw: random.Random) -> tuple[str, ...]:
+    """Values that are converted again in backward: none, all, or some members of some."""
+    if (kind := draw.random()) < 0.6:
+        return () if kind < 0.3 else ("*",)
+    names = sorted({value_name(class_of[node], index) for node, index in uses(program) if node in class_of})
+    return tuple(name + draw.choice(("", "[:1]")) for name in names if draw.random() < 0.5)

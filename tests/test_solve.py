@@ -13,7 +13,8 @@ from netmind_autopar.costs.comm import Conversions
 from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.ir.errors import InfeasibleError, InputError, PlanError
 from netmind_autopar.rules.bind import bind_program
-from netmind_autopar.solver.conversions import needed_conversions
+from netmind_autopar.solver.conversions import end_rules, needed_conversions, regathered
+from netmind_autopar.solver.fold import classes
 from netmind_autopar.solver.explain import class_rows, conversion_rows
 from netmind_autopar.solver.solve import choices_to_strategies, solve
 from netmind_autopar.tracer.capture import capture
@@ -119,7 +120,8 @@ def test_an_impossible_limit_names_the_smallest_that_works():
 
 def test_prices_are_those_of_the_needed_conversions():
     program, rules, plan = planned(lambda: MLP(256, 1024), meta(64, 256), mesh="dp=2,tp=2", random_costs=3)
-    needed = needed_conversions(program, rules, choices_to_strategies(program, rules, plan), plan.sizes)
+    again = regathered(program, classes(program, {**end_rules(program), **rules}), plan.regather)
+    needed = needed_conversions(program, rules, choices_to_strategies(program, rules, plan), plan.sizes, again)
     conv = Conversions(plan.links(), plan.random_costs)
     total = sum(conv.seconds(n.source, n.target, bucketed=n.is_gradient) for n in needed)
     assert total == pytest.approx(plan.cost.communication_s, rel=1e-9)

@@ -6,6 +6,12 @@ and is decided once. A choice has one symbol per mesh axis, the letter of the op
     "b n"    axis 0 splits letter b, axis 1 splits letter n
     "-"      the axis splits nothing
     "+"      Partial sums flow through a linear op
+
+What saves memory is said by name, with the number of members (in program order) that it is for; all of them when none is given:
+
+    recompute   "h.*.mlp.gelu[:12]"             ops of forward that run again in backward
+    regather    "h.*.attn.c_attn.weight"        values whose conversions are made again in backward instead of being kept; "*": all
+    offload     "disk:h.*.mlp.gelu[:4]"         values that wait for backward in host memory, or on disk; "name[1]" is a second output
 """
 
 from __future__ import annotations
@@ -13,7 +19,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +32,34 @@ from .mesh import Axis, Device, Mesh
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
+
+
+ALL = "*"
+_ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?P<name>[^:]+?)(?:\[:(?P<first>\d+)\])?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name of `recompute`, `regather` or `offload`: `first` members of it (all when None), kept on `tier` "host" or "disk"."""
+
+    name: str
+    first: int | None = None
+    tier: str = "host"
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """Raises PlanError when `text` is no entry."""
+        found = _ENTRY.fullmatch(text)
+        if not found:
+            raise PlanError(f"cannot read the entry {text!r}", where="recompute, regather or offload", try_='a name as in choices, or "name[:12]"')
+        return cls(found["name"], int(found["first"]) if found["first"] else None, found["tier"] or "host")
+
+    def __str__(self) -> str:
+        return ("disk:" if self.tier == "disk" else "") + self.name + ("" if self.first is None else f"[:{self.first}]")
+
+    def of(self, members: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of a class's members, in program order, that the entry is for."""
+        return members if self.first is None else members[: self.first]
 
 
 class _Part(BaseModel):
@@ -105,6 +141,7 @@ class Plan(_Part):
     optimizer: str = "adamw"
     choices: dict[str, str]
     recompute: tuple[str, ...] = ()
+    regather: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
     cost: Cost = Cost()
     collectives: tuple[Collective, ...] = ()

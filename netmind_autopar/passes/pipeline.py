@@ -13,7 +13,8 @@ from ..ir.plan import Plan
 from ..ir.program import Program, source, tensor_args
 from ..ir.spec import Spec, same_layout
 from ..rules.algebra import Rule, Strategy
-from ..solver.conversions import end_rules
+from ..solver.conversions import end_rules, regathered
+from ..solver.fold import classes
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
 from .dense import make_dense
@@ -30,6 +31,7 @@ class Lowering:
     strategies: Mapping[str, Strategy]
     conversions: Conversions
     sizes: tuple[int, ...]
+    again: frozenset[tuple[str, int]] = frozenset()  # values that are converted again in backward
 
 
 Pass = Callable[[Program, Lowering], Program]
@@ -46,7 +48,8 @@ def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
     strategies = choices_to_strategies(program, rules, plan)
     rules = {**end_rules(program, plan.inputs), **rules}
-    return run_passes(program, Lowering(plan, rules, strategies, Conversions(plan.links(), plan.random_costs), plan.sizes))
+    again = regathered(program, classes(program, rules), plan.regather)
+    return run_passes(program, Lowering(plan, rules, strategies, Conversions(plan.links(), plan.random_costs), plan.sizes, again))
 
 
 def run_passes(program: Program, context: Lowering) -> Program:

@@ -22,7 +22,7 @@ from ..ir.mesh import Mesh
 from ..ir.program import Input, Program, is_getitem, tensor_args, values
 from ..ir.spec import Layout, Spec, layout, local_bytes
 from ..rules.algebra import Rule, Strategy, input_specs, output_specs, strategies
-from .conversions import Use, end_rules, owner_of, uses, value_of
+from .conversions import Use, end_rules, owner_of, regathered, uses, value_name, value_of
 from .fold import classes, signature
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
 
@@ -123,7 +123,7 @@ def _kind(
 
 
 class _Build:
-    def __init__(self, program: Program, rules: Mapping[str, Rule], mesh: Mesh, inputs: str) -> None:
+    def __init__(self, program: Program, rules: Mapping[str, Rule], mesh: Mesh, inputs: str, regather: Sequence[str] = ()) -> None:
         self.program, self.mesh, self.sizes = program, mesh, mesh.sizes
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.kinds = collect(program, rules, mesh.sizes, inputs)
@@ -136,6 +136,7 @@ class _Build:
         self.moment = {name: 2 * m + 1 for m, name in enumerate(self.ops)}
         self.forward_end, self.end = max(2 * len(forward) - 1, 0), 2 * len(self.ops)
         self.uses = uses(program)
+        self.again = regathered(program, self.class_of | {t: f"output.{i.name}" for t, i in self.ends.items() if i.role == "tangent"}, regather)
         grads = {o.node for o in program.outputs if o.role == "grad"}
         self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
         self.hold = self._holds()
@@ -214,7 +215,7 @@ class _Build:
                 (self.consumer(u), u.position if u.result is None else -1, u.phase, u.result.role if u.result else "") for u in takers
             )
             role = self.ends[name].role if name in self.ends else ""
-            groups.setdefault((producer, role, index, into), []).append((name, index))
+            groups.setdefault((producer, role, index, into, (name, index) in self.again), []).append((name, index))
         return groups
 
     def value(self, group: Sequence[tuple[str, int]], conversions: Conversions) -> tuple[Value, tuple[tuple[Spec, ...], tuple[Spec, ...]]]:
@@ -236,13 +237,13 @@ class _Build:
         shape = (len(group), len(takers))
         owns = not self.is_resident(name) and not self.is_view(name)
         value = Value(
-            f"{producer}" + (f"[{index}]" if index else ""),
+            value_name(producer, index),
             self.index[producer],
             state,
             consumers,
             np.where(same, 0.0, seconds),
             same,
-            np.array([s.has_partial for s in sources]),
+            np.array([s.has_partial or (name, index) not in self.again for s in sources]),
             np.array([local_bytes(s, self.sizes) * owns for s in sources], dtype=np.int64),
             left,
             produced,
@@ -317,13 +318,14 @@ def build(
     inputs: str = "global",
     random_costs: int | None = None,
     limit_bytes: int | None = None,
+    regather: Sequence[str] = (),
 ) -> Built:
     """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets.
 
     states: tensors of a parameter's size that the optimizer keeps. Random costs replace the seconds of ops; pass conversions that
     were made with the same seed.
     """
-    work = _Build(program, rules, mesh, inputs)
+    work = _Build(program, rules, mesh, inputs, regather)
     trained = trained_parameters(program)
     priced: dict[tuple, np.ndarray] = {}
     nodes = []

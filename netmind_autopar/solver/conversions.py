@@ -1,8 +1,9 @@
 """Which conversions a plan needs: the one definition that prices them (solver/build.py) and that lowering must follow.
 
 A value is (producer, output index). Each of its uses wants it in some layout; one conversion serves all uses of the same group
-that want the same layout. The group is "both" when the value holds Partial sums (a reduction is done once), else the phase of
-the use: what is gathered in forward is gathered again in backward from the stored shards.
+that want the same layout. The group is "both": what is gathered in forward is kept for backward. For a value that the plan lists
+in `regather` it is the phase of the use: what is gathered in forward is gathered again in backward from the stored shards, except
+where the value holds Partial sums (a reduction is done once).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..ir.errors import PlanError
+from ..ir.plan import ALL, Entry
 from ..ir.program import Output, Program, is_getitem, source, tensor_args, values
 from ..ir.spec import Spec, layout, same_layout
 from ..rules.algebra import Rule, Strategy, Term, input_specs, output_specs
@@ -108,15 +111,47 @@ def uses(program: Program) -> dict[tuple[str, int], list[Use]]:
     return out
 
 
-def group(spec: Spec, phase: str) -> str:
-    """Who shares a conversion of a value that lies like `spec`."""
-    return "both" if spec.has_partial else phase
+def group(spec: Spec, phase: str, again: bool) -> str:
+    """Who shares a conversion of a value that lies like `spec`; `again`: it is converted again in backward."""
+    return phase if again and not spec.has_partial else "both"
+
+
+def regathered(program: Program, names: Mapping[str, str], entries: Sequence[str]) -> frozenset[tuple[str, int]]:
+    """The values, as (producer, output index), that are converted again in backward. `names`: the class of every producer.
+
+    Raises PlanError for an entry that names no value.
+    """
+    if not entries:
+        return frozenset()
+    found: dict[str, list[tuple[str, int]]] = {}
+    for node, index in uses(program):
+        found.setdefault(value_name(names[node], index), []).append((node, index))
+    if ALL in entries:
+        return frozenset(value for members in found.values() for value in members)
+    out: set[tuple[str, int]] = set()
+    for entry in map(Entry.parse, entries):
+        if entry.name not in found:
+            raise PlanError(f"{entry.name!r} names no value", where="regather", try_="undo the edit, or plan again")
+        out.update(found[entry.name][: entry.first])
+    return frozenset(out)
+
+
+def value_name(producer_class: str, index: int) -> str:
+    """How plans call output `index` of a class."""
+    return producer_class + (f"[{index}]" if index else "")
 
 
 def needed_conversions(
-    program: Program, rules: Mapping[str, Rule], strategies: Mapping[str, Strategy], sizes: tuple[int, ...]
+    program: Program,
+    rules: Mapping[str, Rule],
+    strategies: Mapping[str, Strategy],
+    sizes: tuple[int, ...],
+    again: frozenset[tuple[str, int]],
 ) -> tuple[Needed, ...]:
-    """Every conversion of the program under `strategies` (from `solve.choices_to_strategies`), in the order of the values."""
+    """Every conversion of the program under `strategies` (from `solve.choices_to_strategies`), in the order of the values.
+
+    again: the values that are converted again in backward (from `regathered`).
+    """
     rules = {**end_rules(program), **rules}
     nodes = {node.name: node for node in program.graph.nodes}
     produced: dict[str, tuple[Spec | None, ...]] = {}
@@ -148,7 +183,7 @@ def needed_conversions(
         for use in takers:
             want = wanted(use, have)
             if not same_layout(have, want, sizes):
-                served.setdefault((group(have, use.phase), layout(want, sizes)), (want, []))[1].append(use)
+                served.setdefault((group(have, use.phase, (name, index) in again), layout(want, sizes)), (want, []))[1].append(use)
         is_gradient = any(use.result is not None and use.result.role == "grad" for use in takers)
         out += [Needed(name, index, key[0], have, want, tuple(users), is_gradient) for key, (want, users) in served.items()]
     return tuple(out)

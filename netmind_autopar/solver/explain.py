@@ -11,7 +11,7 @@ from ..ir.program import Program, op_name
 from ..ir.spec import Spec, local_bytes
 from ..rules.algebra import Rule
 from .build import Built, collect
-from .conversions import needed_conversions
+from .conversions import end_rules, needed_conversions, regathered
 from .problem import Choice, conversions, evaluate, items
 
 
@@ -134,9 +134,10 @@ def conversion_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> 
     from .solve import choices_to_strategies
 
     conv = Conversions(plan.links(), plan.random_costs)
-    names = classes(program, rules)
+    names = classes(program, {**end_rules(program, plan.inputs), **rules})
     rows: dict[tuple, list] = {}
-    for need in needed_conversions(program, rules, choices_to_strategies(program, rules, plan), plan.sizes):
+    again = regathered(program, names, plan.regather)
+    for need in needed_conversions(program, rules, choices_to_strategies(program, rules, plan), plan.sizes, again):
         moves = [m for m in conv.path(need.source, need.target) if m.kind != "recast"]
         takers = tuple(names.get(u.node, f"{u.result.role}.{u.result.name}" if u.result else "") for u in need.uses)
         if any(u.result and u.result.role == "grad" for u in need.uses):

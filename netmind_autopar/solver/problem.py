@@ -2,7 +2,8 @@
 
 A node chooses one strategy. A value is produced by a node in a layout ("source state") that follows from that choice and is
 taken by consumers in layouts ("target states") that follow from theirs. Converting state p to state q costs `seconds[p, q]`,
-once for all consumers of one group that want q: all consumers when p holds Partial sums (`shared`), else those of one phase.
+once for all consumers of one group that want q: all consumers (`shared`: what forward converted is kept for backward), or
+those of one phase (backward converts again).
 
 Nodes and values are *folded*: one of them stands for `count` equal ones in the program (the layers of a model), which differ
 only in the moments at which they live. A moment is the position of an op in the step; memory at a moment is what its op

@@ -11,7 +11,7 @@ from ..costs.comm import Conversions
 from ..costs.memory import optimizer_states
 from ..ir.errors import InfeasibleError, InputError, PlanError, SolverError
 from ..ir.mesh import Mesh
-from ..ir.plan import Plan, PlanAxis, PlanDevice
+from ..ir.plan import ALL, Plan, PlanAxis, PlanDevice
 from ..ir.program import Program
 from ..ir.spec import Placement, Spec, parse_placement
 from ..rules.algebra import Rule, Strategy, is_legal, strategies
@@ -56,9 +56,24 @@ def solve(
     limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
     states, trained = optimizer_states(optimizer), trained_parameters(program)
     conversions = Conversions(mesh, random_costs)
-    built = build(program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=limit)
+    regather: tuple[str, ...] = ()
+    built = build(program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=None)
     allowed = _pinned(program, built, mesh, pins or {})
     found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
+    if found.choice is None or evaluate(built.problem, found.choice)[1] > limit:
+        regather = (ALL,)
+        built = build(
+            program,
+            rules,
+            mesh,
+            conversions,
+            states=states,
+            inputs=inputs,
+            random_costs=random_costs,
+            limit_bytes=limit,
+            regather=regather,
+        )
+        found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
     if found.choice is None or found.seconds == math.inf:
         raise _refusal(built, found, limit, bool(pins))
     cost = cost_of(built, found.choice, trained, states)
@@ -72,6 +87,7 @@ def solve(
         optimizer=optimizer,
         inputs=inputs,
         choices=choices,
+        regather=regather,
         cost=cost,
         mesh=tuple(PlanAxis(name=a.name, size=a.size, bandwidth_bytes_s=a.bandwidth_bytes_s, latency_s=a.latency_s) for a in mesh.axes),
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
