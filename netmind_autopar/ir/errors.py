@@ -67,6 +67,10 @@ class ShapeError(AutoparError):
     """A parallel module was called with inputs unlike those it was planned for."""
 
 
+class OffloadError(AutoparError):
+    """A tensor cannot wait in host memory or on disk: no room, or no right to write there."""
+
+
 class GraphError(AutoparError):
     """An internal check failed: a pass left a graph whose specs disagree. Always a defect of this package."""
 

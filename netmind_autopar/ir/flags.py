@@ -3,6 +3,7 @@
 AUTOPAR_DEBUG   0–4: 1 shows tracebacks and the plan, 2 costs, 3 what each pass changed, 4 the emitted code.
 AUTOPAR_DUMP    a folder: graphs, plans and emitted code are written there.
 AUTOPAR_CACHE   a folder for rules that were found; ~/.cache/netmind-autopar when unset, none when "off".
+AUTOPAR_OFFLOAD    a folder on a disk, for tensors that a plan keeps there during a step; the system's temporary folder when unset.
 AUTOPAR_DISCOVER   0: ops without a rule are never run to find one.
 """
 
@@ -36,6 +37,12 @@ def cache_folder() -> Path | None:
         return Path("~/Library/Caches/netmind-autopar").expanduser()
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
     return Path(base or "~/.cache").expanduser() / "netmind-autopar"
+
+
+def offload_folder() -> Path | None:
+    """Where tensors wait on disk; None for the system's temporary folder."""
+    given = os.environ.get("AUTOPAR_OFFLOAD", "").strip()
+    return Path(given).expanduser() if given else None
 
 
 def discovers() -> bool:

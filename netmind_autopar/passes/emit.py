@@ -20,6 +20,7 @@ from ..ir.local import Local
 from ..ir.plan import Plan
 from ..ir.program import Program, is_getitem, source, tensor_args
 from ..runtime.collectives import bucket, move
+from ..runtime.offload import MARKS
 
 HEADER = '''"""Emitted by netmind-autopar. Mesh {mesh}, plan {plan}, graph {graph}. One file for every rank."""
 
@@ -27,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 
-from netmind_autopar.kernels import DIRECT
+from netmind_autopar.kernels import DIRECT{tiers}
 
 aten = torch.ops.aten
 autopar = SimpleNamespace(**{{str(op).split(".")[1]: call for op, call in DIRECT.items()}})
@@ -55,6 +56,8 @@ def emit(program: Program, plan: Plan, *, inference: bool = False) -> str:
     """Source text of one lowered program. With `inference`, forward alone, saving nothing."""
     writer = _Writer(plan.axis_names)
     forward, backward = split_phases(program)
+    if inference:  # nothing waits for a backward
+        forward = [n for n in forward if n.target not in MARKS]
     kept = [] if inference else saved_nodes(program, forward, backward)
     results = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role != "grad"]
     grads = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad"]
@@ -63,7 +66,9 @@ def emit(program: Program, plan: Plan, *, inference: bool = False) -> str:
     parts = [_function("forward", inputs, forward, results, kept, writer, program)]
     if not inference:
         parts.append(_backward(kept, tangents, backward, grads, writer, program))
-    head = HEADER.format(mesh=",".join(f"{a.name}={a.size}" for a in plan.mesh), plan=plan.hash(), graph=plan.graph_hash)
+    tiers = "\nfrom netmind_autopar.runtime import offload as tiers" if any(n.target in MARKS for n in forward) else ""
+    mesh = ",".join(f"{a.name}={a.size}" for a in plan.mesh)
+    head = HEADER.format(mesh=mesh, plan=plan.hash(), graph=plan.graph_hash, tiers=tiers)
     bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
     names = "forward" if inference else "forward, backward"
     return "\n".join(
@@ -193,6 +198,8 @@ def _call(node: fx.Node, writer: _Writer) -> str:
         specs = ", ".join(repr(node.meta["specs"][i]) for i in range(len(tensors)))
         name = writer.bind("bucket", f"place.bucket({writer.axes[axis]!r}, {op!r}, [{specs}])")
         return f"{name}([{', '.join(t.name for t in tensors)}])"
+    if node.target in MARKS:
+        return f"tiers.{node.target.__name__}({', '.join(_text(a, writer) for a in node.args)})"  # type: ignore[union-attr]
     if not isinstance(node.target, torch._ops.OpOverload):
         raise GraphError(f"cannot emit a call of {node.target}", where=node.meta.get("where", ""))
     args = [_text(a, writer) for a in node.args]

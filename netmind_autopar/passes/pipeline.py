@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..costs.comm import Conversions
 from ..ir import flags
@@ -15,10 +15,12 @@ from ..ir.spec import Spec, same_layout
 from ..rules.algebra import Rule, Strategy
 from ..solver.conversions import end_rules, regathered
 from ..solver.fold import classes
+from ..solver.replay import offloaded, replay, without_dead
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
 from .dense import make_dense
 from .localize import localize
+from .offload import offload_values
 from .reshard import insert_reshards
 
 
@@ -32,6 +34,7 @@ class Lowering:
     conversions: Conversions
     sizes: tuple[int, ...]
     again: frozenset[tuple[str, int]] = frozenset()  # values that are converted again in backward
+    away: Mapping[tuple[str, int], str] = field(default_factory=dict)  # values that wait for backward elsewhere, and where
 
 
 Pass = Callable[[Program, Lowering], Program]
@@ -40,6 +43,7 @@ PASSES: tuple[Pass, ...] = (
     localize,  # first: every op works on local shapes and says which specs it takes and gives
     insert_reshards,  # then every edge whose two specs differ gets its collectives
     make_dense,  # what arrives at an op, moved or not, is dense where the op reads it so
+    offload_values,  # then values are sent away as they lie, and backward's moves take what comes back
     bucket_gradients,  # last: only now the gradients' all-reduces stand in the graph
 )
 
@@ -48,8 +52,15 @@ def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
     strategies = choices_to_strategies(program, rules, plan)
     rules = {**end_rules(program, plan.inputs), **rules}
-    again = regathered(program, classes(program, rules), plan.regather)
-    return run_passes(program, Lowering(plan, rules, strategies, Conversions(plan.links(), plan.random_costs), plan.sizes, again))
+    names = classes(program, rules)
+    away = offloaded(program, plan.offload, names)
+    program, twins = replay(program, plan.recompute, names)
+    for twin, original in twins.items():
+        rules[twin], strategies[twin], names[twin] = rules[original], strategies[original], names[original]
+    program = without_dead(program, twins.values())
+    again = regathered(program, names, plan.regather)
+    conversions = Conversions(plan.links(), plan.random_costs)
+    return run_passes(program, Lowering(plan, rules, strategies, conversions, plan.sizes, again, away))
 
 
 def run_passes(program: Program, context: Lowering) -> Program:

@@ -136,7 +136,10 @@ class ParallelModule(nn.Module):
         key = bool(saved)
         if key not in self._shared:
             memory = {t.untyped_storage().data_ptr() for t in buffers if t.numel()}
-            self._shared[key] = [[k for k, t in enumerate(ts) if t.untyped_storage().data_ptr() in memory] for ts in (values, saved)]
+            self._shared[key] = [
+                [k for k, t in enumerate(ts) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in memory]
+                for ts in (values, saved)
+            ]
         for tensors, found in zip((values, saved), self._shared[key], strict=True):
             for k in found:
                 tensors[k] = tensors[k].clone()
@@ -252,7 +255,7 @@ class _Step(torch.autograd.Function):
         if training:
             ctx.saved = saved
             ctx.owners = [t for item, t in zip(roles.leading, owners, strict=True) if item.role in ("param", "input")]
-            ctx.versions = [(t, t._version) for t in (*ctx.owners, *saved)]
+            ctx.versions = [(t, t._version) for t in (*ctx.owners, *saved) if isinstance(t, Tensor)]  # others wait elsewhere
         out: list[Tensor] = []
         for end, spec, value in zip(roles.results, roles.result_specs, values, strict=True):
             if end.role == "output" and spec.shape:

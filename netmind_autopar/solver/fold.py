@@ -37,6 +37,9 @@ def classes(program: Program, rules: Mapping[str, Rule] | None = None) -> dict[s
     for node in program.graph.nodes:
         if node.op == "output" or is_getitem(node):
             continue
+        if "again" in node.meta:  # runs again in backward what its original did in forward
+            out[node.name] = out[node.meta["again"]]
+            continue
         sign = signature(node, rules.get(node.name) if rules else None)
         if node.op == "placeholder":
             base = _end_name(ends[node.name].role, ends[node.name].name, blocks)

@@ -18,6 +18,7 @@ from ..ir.program import Program, is_getitem, op_name, source, tensor_args
 from ..ir.spec import Partial, Replicate, Spec, shard
 from ..runtime import simulate
 from ..runtime.collectives import bucket, move
+from ..runtime.offload import offload, prefetch, release
 from .judge import distance, magnitude, rank_errors, tolerance, wholes, worst
 from .sides import State, ranks
 
@@ -64,6 +65,8 @@ def first_difference(program: Program, lowered: Program, sizes: tuple[int, ...],
 
     def observe(node: fx.Node, locals_: simulate.PerRank) -> None:
         reached.append(node)
+        if node.target in (offload, release, prefetch):  # what they give is no tensor
+            return
         if node.op == "call_function" and (not is_getitem(node) or source(node)[0].target is bucket) and node.target is not bucket:
             for origin, index, value, parts, spec in _pairs(node, locals_, lowered, truth):
                 if _errors(value, parts, spec, sizes, 0.01) is not None:
@@ -138,6 +141,8 @@ def origin_of(node: fx.Node, known: Mapping[str, Any]) -> tuple[str, int]:
                 node = producer.args[0][position]  # type: ignore[index,assignment]
                 continue
             node, index = producer, position
+        if node.meta.get("again") in known:  # runs again in backward what its original did
+            return node.meta["again"], index
         if node.name in known or not node.args or not isinstance(node.args[0], fx.Node):
             return node.name, index
         node = node.args[0]

@@ -1,0 +1,213 @@
+"""Tensors that wait for backward in host memory or on disk.
+
+    away = offload(x, "host")     starts the copy out
+    away = release(away)          the copy is complete; the device's memory is given back
+    away = prefetch(away)         takes memory on the device and starts the copy back
+    y = reload(away)              x again: same numbers, dtype and, where x was dense, strides
+
+On CUDA copies run on streams of their own, one for each direction, from and to pinned memory; the compute stream waits for them,
+the host does not. Elsewhere a thread for each direction copies. What goes to disk lies in a memory-mapped file without a name: its
+space is free again as soon as nothing refers to it, however the process ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir import flags
+from ..ir.errors import OffloadError
+
+TIERS = ("host", "disk")
+_BLOCK = bytes(1 << 20)
+
+
+class Away:
+    """A tensor between `offload` and `reload`. `there` is its memory on the device, while it has some."""
+
+    def __init__(self, x: Tensor, tier: str) -> None:
+        self.device, self.tier = x.device, tier
+        self.shape, self.dtype, self.strides = x.shape, x.dtype, _strides(x)
+        self.bytes = x.numel() * x.element_size()
+        self.there: Tensor | None = x.detach()
+        self.host: Tensor | None = None
+        self.file: Tensor | None = None
+        self.job: Future[None] | None = None
+        self.event: torch.cuda.Event | None = None
+
+    def __del__(self) -> None:
+        if self.event is not None and self.there is not None and not self.event.query():  # dropped on the way, after an error
+            self.there.record_stream(_stream(self.device, "out"))
+            self.there.record_stream(_stream(self.device, "in"))
+
+    def wait(self) -> None:
+        """Wait for the thread that copies, where there is one. Raises OffloadError as it did."""
+        if self.job is not None:
+            job, self.job = self.job, None
+            job.result()
+
+    def empty(self, **options: Any) -> Tensor:
+        """Memory for x."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, **options)
+
+
+def offload(x: Tensor, tier: str) -> Away:
+    """Start to copy x out of its device. tier: "host" or "disk"."""
+    away = Away(x, tier)
+    if x.is_cuda:
+        out = _stream(x.device, "out")
+        out.wait_stream(torch.cuda.current_stream(x.device))
+        away.host = away.empty(pin_memory=True)
+        with torch.cuda.stream(out):
+            away.host.copy_(away.there, non_blocking=True)
+            away.event = out.record_event()
+        if tier == "disk":
+            away.job = _worker("out", os.getpid()).submit(_host_to_file, away)
+    elif not x.is_meta:
+        away.job = _worker("out", os.getpid()).submit(_device_to_memory, away)
+    return away
+
+
+def release(away: Away) -> Away:
+    """Wait until x is out and give its memory back. Raises OffloadError when the disk is full or cannot be written."""
+    if away.event is not None:
+        torch.cuda.current_stream(away.device).wait_event(away.event)
+    else:
+        away.wait()
+    away.there = None
+    return away
+
+
+def prefetch(away: Away) -> Away:
+    """Take memory on the device and start to copy x back. Raises OffloadError as `release` does."""
+    away.wait()
+    away.there = away.empty(device=away.device)
+    if away.device.type == "cuda":
+        back = _stream(away.device, "in")
+        back.wait_stream(torch.cuda.current_stream(away.device))
+        if away.tier == "disk":
+            away.job = _worker("in", os.getpid()).submit(_file_to_device, away)
+        else:
+            _host_to_device(away)
+    elif away.device.type != "meta":
+        away.job = _worker("in", os.getpid()).submit(_memory_to_device, away)
+    return away
+
+
+def reload(away: Away) -> Tensor:
+    """Wait until x is back. The copy elsewhere is dropped."""
+    away.wait()
+    if away.event is not None:
+        torch.cuda.current_stream(away.device).wait_event(away.event)
+    x, away.there, away.host, away.file, away.event = away.there, None, None, None, None
+    assert x is not None
+    return x
+
+
+MARKS = (offload, release, prefetch, reload)  # what the lowered program calls
+
+
+@torch.no_grad()
+def _device_to_memory(away: Away) -> None:
+    """The copy out where the device is the CPU."""
+    assert away.there is not None
+    target = _file(away) if away.tier == "disk" else away.empty()
+    target.copy_(away.there)
+    away.host = target
+
+
+@torch.no_grad()
+def _memory_to_device(away: Away) -> None:
+    assert away.there is not None and away.host is not None
+    away.there.copy_(away.host)
+
+
+@torch.no_grad()
+def _host_to_file(away: Away) -> None:
+    """From pinned memory to disk, when the copy from the device has arrived."""
+    assert away.host is not None and away.event is not None
+    target = _file(away)
+    away.event.synchronize()
+    target.copy_(away.host)
+    away.file, away.host = target, None
+
+
+@torch.no_grad()
+def _file_to_device(away: Away) -> None:
+    assert away.file is not None
+    away.host = away.empty(pin_memory=True)
+    away.host.copy_(away.file)
+    with torch.cuda.device(away.device):
+        _host_to_device(away)
+
+
+@torch.no_grad()
+def _host_to_device(away: Away) -> None:
+    assert away.there is not None and away.host is not None
+    back = _stream(away.device, "in")
+    with torch.cuda.stream(back):
+        away.there.copy_(away.host, non_blocking=True)
+        away.event = back.record_event()
+
+
+def _file(away: Away) -> Tensor:
+    """Room for x on disk, mapped into memory. All of it is reserved at once: writing into a map of a full disk would be a crash."""
+    size = max(away.bytes, 1)
+    folder = flags.offload_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix="netmind-autopar-", buffering=0) as file:
+            _reserve(file, size)
+            mapped = mmap.mmap(file.fileno(), size)
+    except (OSError, ValueError) as e:
+        raise OffloadError(
+            f"cannot keep {size} bytes of a tensor on disk",
+            where=str(folder or tempfile.gettempdir()),
+            why=str(e),
+            try_="free some space, name another folder in AUTOPAR_OFFLOAD, or plan with less memory on disk",
+        ) from None
+    flat = torch.frombuffer(mapped, dtype=torch.uint8)[: away.bytes]
+    return flat.view(away.dtype).as_strided(away.shape, away.strides)
+
+
+def _reserve(file: Any, size: int) -> None:
+    """Make a file `size` bytes long on the disk. Raises OSError when there is no room."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, len(_BLOCK)):
+        file.write(_BLOCK[: size - start])
+    file.flush()
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Those of x when its elements lie side by side in some order, else those of a contiguous tensor."""
+    dense, room = list(x.stride()), 1
+    for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda d: (d[1], d[0])):
+        if size != 1 and stride != room:
+            dense, room = [], 1
+            break
+        room *= size
+    if dense or not x.dim():
+        return tuple(dense)
+    for size in reversed(x.shape):
+        dense.insert(0, room)
+        room *= max(size, 1)
+    return tuple(dense)
+
+
+@functools.cache
+def _worker(direction: str, process: int) -> ThreadPoolExecutor:
+    """The thread that copies in one direction; another one in a process that was forked."""
+    return ThreadPoolExecutor(1, thread_name_prefix=f"autopar-{direction}-{process}")
+
+
+@functools.cache
+def _stream(device: torch.device, direction: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
