@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from netmind_autopar.solver import milp, search
+from netmind_autopar.solver.bound import Local, Relaxed
 from netmind_autopar.solver.memory import Moments
 from netmind_autopar.solver.presolve import reduce
-from netmind_autopar.solver.problem import Consumer, Node, Problem, Value, evaluate
+from netmind_autopar.solver.problem import Consumer, Node, Problem, Value, evaluate, profile, seconds
 from netmind_autopar.solver.search import least_peak, solve_problem
 from netmind_autopar.solver.shard import solve_ilp
 
@@ -122,6 +123,49 @@ def test_presolve_keeps_an_optimum(seed):
         return
     inside = [evaluate(problem, c) for c in itertools.product(*kept)]
     assert min(cost for cost, peak, _ in inside if problem.limit_bytes is None or peak <= problem.limit_bytes) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_costs_around_a_node_are_those_of_whole_plans(seed):
+    """Priced memory included: what changes with one node's strategy is what changes in the whole plan."""
+    problem = random_problem(seed + 4000)
+    if not all(reduce(problem)):
+        return
+    rng = np.random.default_rng(seed)
+    prices = {int(m): float(rng.random()) * 1e-3 for m in rng.choice(problem.moments, 4, replace=False)}
+    local = Local(problem, reduce(problem), prices, Moments(problem), weight=0.5)
+
+    def price(choice: list[int]) -> float:
+        memory = profile(problem, choice)
+        return 0.5 * seconds(problem, choice) + sum(p * int(memory[m]) for m, p in prices.items())
+
+    choice = [int(rng.choice(ks)) for ks in local.kept]
+    for i, ks in enumerate(local.kept):
+        plans = [[*choice[:i], k, *choice[i + 1 :]] for k in ks]
+        whole, around = np.array([price(p) for p in plans]), local.costs(i, choice)
+        if np.isfinite(whole[0]) and np.isfinite(around[0]):
+            assert around - around[0] == pytest.approx(whole - whole[0], rel=1e-9, abs=1e-12)
+        assert (np.isfinite(whole) <= np.isfinite(around)).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rebalancing_keeps_the_bound_true_after_strategies_went(seed):
+    problem = random_problem(seed + 5000)
+    kept = reduce(problem)
+    if not all(kept):
+        return
+    rng = np.random.default_rng(seed)
+    relaxed, bounds = Relaxed(problem, kept, Moments(problem)), []
+    smaller = tuple(tuple(sorted(rng.choice(ks, int(rng.integers(1, len(ks) + 1)), replace=False).tolist())) for ks in kept)
+    for step in range(12):
+        if step == 4:
+            relaxed.restrict(smaller)
+            bounds = []
+        relaxed.rebalance()
+        bounds.append(relaxed.bound())
+        relaxed.sweep()
+    best = min((seconds(problem, c) for c in itertools.product(*smaller)), default=math.inf)
+    assert bounds[-1] <= best + 1e-12 and all(a <= b + 1e-12 for a, b in itertools.pairwise(bounds))
 
 
 @pytest.mark.parametrize("seed", range(20))

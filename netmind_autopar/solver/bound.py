@@ -13,13 +13,14 @@ a plan in hand is dropped, without loss. Plans in hand come from greedy decoding
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .memory import Moments, Pattern
 from .presolve import Kept
-from .problem import Choice, Problem, Value, wanted
+from .problem import Choice, Problem, Value
 from .sweeps import Sweeps
 
 Prices = Mapping[int, float]  # moment -> seconds per byte
@@ -29,7 +30,7 @@ class Local:
     """True costs around one node, for coordinate descent: weight × seconds, and priced bytes."""
 
     def __init__(self, problem: Problem, kept: Kept, prices: Prices, moments: Moments, weight: float = 1.0) -> None:
-        self.problem, self.kept, self.weight = problem, kept, weight
+        self.problem, self.weight = problem, weight
         self.around: list[list[int]] = [[] for _ in problem.nodes]
         for v, value in enumerate(problem.values):
             for i in {value.node, *(c.node for c in value.consumers)}:
@@ -40,22 +41,50 @@ class Local:
         for m, price in prices.items():
             for v, pattern in moments.at(m):
                 self.memory[v].append((price * pattern.count, pattern))
-        self.memo: list[dict[tuple[int, ...], float]] = [{} for _ in problem.values]
+        self.kept = kept
 
-    def value_cost(self, v: int, choice: list[int]) -> float:
+    @property
+    def kept(self) -> Kept:
+        return self._kept
+
+    @kept.setter
+    def kept(self, kept: Kept) -> None:
+        self._kept = kept
+        self.at = [np.array(ks, np.int64) for ks in kept]
+        self.memo: list[dict[tuple[int, ...], np.ndarray]] = [{} for _ in self.problem.values]
+
+    def costs(self, i: int, choice: Sequence[int]) -> np.ndarray:
+        """What every kept strategy of node i costs, the others as in `choice`: its own price and that of the values around."""
+        out = self.own[i][self.at[i]]
+        for v in self.around[i]:
+            out = out + self.value_costs(v, i, choice)
+        return out
+
+    def value_costs(self, v: int, i: int, choice: Sequence[int]) -> np.ndarray:
+        """The price of value v under every kept strategy of node i."""
         value = self.problem.values[v]
-        key = (int(value.state[choice[value.node]]), *(int(c.state[choice[c.node]]) for c in value.consumers))
-        memo = self.memo[v]
-        if key not in memo:
-            p, targets = wanted(value, choice)
-            cost = self.weight * value.count * sum(float(value.seconds[p, q]) for q, _ in targets)
-            memo[key] = cost + sum(price * live_bytes(value, p, targets, pattern) for price, pattern in self.memory[v])
-        return memo[key]
+        ends = ((value.node, value.state), *((c.node, c.state) for c in value.consumers))
+        key = (i, *(-1 if node == i else int(state[choice[node]]) for node, state in ends))
+        if key not in self.memo[v]:
+            p, *qs = (state[self.at[i]] if node == i else np.array([state[choice[node]]]) for node, state in ends)
+            found = self._priced(v, p, qs)
+            self.memo[v][key] = np.broadcast_to(found, self.at[i].shape)
+        return self.memo[v][key]
 
-    def total(self, choice: list[int]) -> float:
-        return sum(float(own[k]) for own, k in zip(self.own, choice, strict=True)) + sum(
-            self.value_cost(v, choice) for v in range(len(self.problem.values))
-        )
+    def _priced(self, v: int, p: np.ndarray, qs: list[np.ndarray]) -> np.ndarray:
+        value = self.problem.values[v]
+        together = sharing(value, p, qs)
+        cost, firsts = np.zeros(1), []
+        for t, q in enumerate(qs):
+            first = np.ones(1, bool)
+            for u in range(t):
+                first = first & ~together[u, t]
+            cost = cost + np.where(first, value.seconds[p, q], 0.0)
+            firsts.append(first)
+        cost = cost * (self.weight * value.count)
+        for price, pattern in self.memory[v]:
+            cost = cost + price * live_bytes(value, p, qs, firsts, together, pattern)
+        return cost
 
     def descend(self, choice: Choice, sweeps: int = 6) -> Choice:
         """Change one node at a time while that helps."""
@@ -65,11 +94,8 @@ class Local:
             for i, ks in enumerate(self.kept):
                 if len(ks) == 1:
                     continue
-                before, costs = now[i], []
-                for k in ks:
-                    now[i] = k
-                    costs.append(float(self.own[i][k]) + sum(self.value_cost(v, now) for v in self.around[i]))
-                best = int(np.argmin(costs))
+                before, costs = now[i], self.costs(i, now)
+                best = int(costs.argmin())
                 keep = before in ks and costs[ks.index(before)] <= costs[best] * (1 + 1e-12)
                 now[i] = before if keep else ks[best]
                 changed |= now[i] != before
@@ -78,18 +104,48 @@ class Local:
         return tuple(now)
 
 
-def live_bytes(value: Value, p: int, targets: list[tuple[int, list[int]]], pattern: Pattern) -> int:
-    """Bytes of one instance at the moment the pattern describes: what `problem.items` counts."""
-    alive, total = pattern.fresh, 0
-    for q, takers in targets:
-        if value.same[p, q]:
-            alive |= any(pattern.holds[t] for t in takers)
-        else:
-            alive |= all(pattern.later[t] for t in takers)
-            if value.room is not None and all(pattern.later[t] for t in takers) and any(pattern.taken[t] for t in takers):
-                total += int(value.room[p, q])
-            total += int(value.copy_bytes[q]) * (any(pattern.taken[t] for t in takers) and any(pattern.holds[t] for t in takers))
-    return total + int(value.bytes[p]) * alive
+def sharing(value: Value, p: np.ndarray, qs: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
+    """Per pair of consumers t <= u whether one conversion serves both, given the source states p and the target states qs."""
+    out, shared = {}, value.shared[p]
+    for t, mine in enumerate(value.consumers):
+        for u in range(t, len(qs)):
+            same = qs[t] == qs[u]
+            out[t, u] = out[u, t] = same if value.consumers[u].phase == mine.phase else same & shared
+    return out
+
+
+def live_bytes(
+    value: Value,
+    p: np.ndarray,
+    qs: list[np.ndarray],
+    firsts: list[np.ndarray],
+    together: Mapping[tuple[int, int], np.ndarray],
+    pattern: Pattern,
+) -> np.ndarray:
+    """Bytes of one instance at the moment the pattern describes: what `problem.items` counts, for arrays of states.
+
+    firsts[t]: consumer t is the first of those that its conversion serves.
+    """
+    takers = range(len(qs))
+    alive, total = np.array([pattern.fresh]), np.zeros(1, np.int64)
+
+    def some(t: int, flags: Sequence[bool]) -> np.ndarray:
+        """Whether any of those that t's conversion serves has its flag set."""
+        found = np.zeros(1, bool)
+        for u in takers:
+            if flags[u]:
+                found = found | together[t, u]
+        return found
+
+    for t in takers:
+        first, same = firsts[t], value.same[p, qs[t]]
+        later, taken, holds = ~some(t, [not f for f in pattern.later]), some(t, pattern.taken), some(t, pattern.holds)
+        alive = alive | (first & np.where(same, holds, later))
+        copied = first & ~same & taken
+        if value.room is not None:
+            total = total + value.room[p, qs[t]] * (copied & later)
+        total = total + value.copy_bytes[qs[t]] * (copied & holds)
+    return total + value.bytes[p] * alive
 
 
 def group_sizes(value: Value) -> list[np.ndarray]:
@@ -97,6 +153,58 @@ def group_sizes(value: Value) -> list[np.ndarray]:
     takers = range(len(value.consumers))
     groups = [value.groups(p) for p in range(len(value.bytes))]
     return [np.array([next(len(g) for g in per_state if t in g) for per_state in groups]) for t in takers]
+
+
+class States:
+    """Which state each strategy has: `states[k]` of `n`."""
+
+    def __init__(self, states: np.ndarray, n: int) -> None:
+        self.states, self.n = states, n
+        self.plain = len(states) == n and bool((states == np.arange(n)).all())  # strategy k has state k
+        self.order = np.argsort(states, kind="stable")
+        self.present, self.starts = np.unique(states[self.order], return_index=True)
+
+    def least(self, table: np.ndarray) -> np.ndarray:
+        """Per state the least row of `table`, inf where no strategy has it."""
+        if self.plain:
+            return table.copy()
+        out = np.full((self.n, table.shape[1]), np.inf)
+        out[self.present] = np.minimum.reduceat(table[self.order], self.starts, axis=0)
+        return out
+
+    def spread(self, table: np.ndarray) -> np.ndarray:
+        """Per strategy the row of its state."""
+        return table if self.plain else table[self.states]
+
+
+@dataclass
+class Group:
+    """A value whose consumers share conversions. charge[t][p, q]: what consumer t is charged; all[p]: whether all consumers share, or
+    those of one phase; sizes[t][p]: how many they are; state[k], wants[t][k]: source and target state under strategy k, -1 for
+    states that no strategy left has."""
+
+    value: Value
+    all: np.ndarray
+    charge: list[np.ndarray]
+    sizes: list[np.ndarray]
+    state: np.ndarray
+    wants: tuple[np.ndarray, ...]
+    ends: dict[int, tuple[States, States]] = field(default_factory=dict)
+
+    def restricted(self, kept: Kept) -> Group:
+        """The same over the states that strategies in `kept` have."""
+        rows = np.unique(self.state[list(kept[self.value.node])])
+        cols = np.unique(np.concatenate([w[list(kept[c.node])] for w, c in zip(self.wants, self.value.consumers, strict=True)]))
+        row_at, col_at = np.full(len(self.all) + 1, -1), np.full(self.charge[0].shape[1] + 1, -1)  # the last one is the -1 of before
+        row_at[rows], col_at[cols] = np.arange(len(rows)), np.arange(len(cols))
+        return Group(
+            self.value,
+            self.all[rows],
+            [c[rows][:, cols] for c in self.charge],
+            [n[rows] for n in self.sizes],
+            row_at[self.state],
+            tuple(col_at[w] for w in self.wants),
+        )
 
 
 class Relaxed(Sweeps):
@@ -176,41 +284,50 @@ class Relaxed(Sweeps):
 
     def _start_shares(self, weight: float) -> None:
         """What each member of a group is charged for the group's conversions; groups of one are left out."""
-        self.shared: list[tuple[Value, list[np.ndarray], list[np.ndarray]]] = []
+        self.shared: list[Group] = []
         for value in self.problem.values:
             sizes = group_sizes(value)
             if any(size.max() > 1 for size in sizes) and all(c.node != value.node for c in value.consumers):
                 cost = np.where(np.isfinite(value.seconds), value.seconds, 0.0) * value.count * weight
-                self.shared.append((value, [cost / n[:, None] * (n[:, None] > 1) for n in sizes], sizes))
+                charge = [cost / n[:, None] * (n[:, None] > 1) for n in sizes]
+                self.shared.append(Group(value, value.shared, charge, sizes, value.state, tuple(c.state for c in value.consumers)))
 
-    def _table(self, value: Value, t: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """The edge between a value's node and consumer t, source first, with the states of its rows and columns."""
+    def _table(self, value: Value, t: int) -> np.ndarray | None:
+        """The edge between a value's node and consumer t, source first."""
         i, j = value.node, value.consumers[t].node
-        rows, cols = value.state[list(self.kept[i])], value.consumers[t].state[list(self.kept[j])]
-        table = self.edge.get((i, j)) if i < j else self.edge.get((j, i))
-        return (table if i < j or table is None else table.T), rows, cols
+        if i < j:
+            return self.edge.get((i, j))
+        table = self.edge.get((j, i))
+        return None if table is None else table.T
 
     def rebalance(self) -> None:
         """Take from every member of a group what it can spare of its charge and hand it out evenly. The bound does not fall."""
-        for value, charge, sizes in self.shared:
-            pools = np.zeros((3, *value.seconds.shape))  # all consumers, forward, backward
-            for t, consumer in enumerate(value.consumers):
-                table, rows, cols = self._table(value, t)
+        for group in self.shared:
+            value, pools = group.value, np.zeros((3, *group.charge[0].shape))  # all consumers, forward, backward
+            ends = [(self._table(value, t), *self._ends(group, t)) for t in range(len(value.consumers))]
+            for t, (table, rows, cols) in enumerate(ends):
                 if table is None:
                     continue
-                least = np.full(value.seconds.shape, np.inf)
-                np.minimum.at(least, (rows[:, None], cols[None, :]), table)
-                spare = np.minimum(np.maximum(least - max(float(table.min()), 0.0), 0.0), charge[t])
-                charge[t] = charge[t] - spare
-                table -= spare[rows][:, cols]
-                pools[0][value.shared] += spare[value.shared]
-                pools[1 + consumer.phase][~value.shared] += spare[~value.shared]
-            for t, consumer in enumerate(value.consumers):
-                table, rows, cols = self._table(value, t)
+                least = cols.least(rows.least(table).T).T
+                least -= max(float(table.min()), 0.0)
+                spare = np.minimum(np.maximum(least, 0.0, out=least), group.charge[t], out=least)
+                group.charge[t] -= spare
+                table -= cols.spread(rows.spread(spare).T).T
+                pools[0] += spare * group.all[:, None]
+                pools[1 + value.consumers[t].phase] += spare * ~group.all[:, None]
+            for t, (table, rows, cols) in enumerate(ends):
                 if table is not None:
-                    more = np.where(value.shared[:, None], pools[0], pools[1 + consumer.phase]) / sizes[t][:, None]
-                    charge[t] = charge[t] + more
-                    table += more[rows][:, cols]
+                    more = np.where(group.all[:, None], pools[0], pools[1 + value.consumers[t].phase]) / group.sizes[t][:, None]
+                    group.charge[t] += more
+                    table += cols.spread(rows.spread(more).T).T
+
+    def _ends(self, group: Group, t: int) -> tuple[States, States]:
+        """How the strategies of a value's node and of consumer t's fall on the group's states."""
+        value = group.value
+        if t not in group.ends:
+            rows, cols = group.state[list(self.kept[value.node])], group.wants[t][list(self.kept[value.consumers[t].node])]
+            group.ends[t] = States(rows, len(group.charge[t])), States(cols, group.charge[t].shape[1])
+        return group.ends[t]
 
     def restrict(self, kept: Kept) -> None:
         """Forget the strategies that are not in `kept`; the messages of the others stay."""
@@ -218,6 +335,7 @@ class Relaxed(Sweeps):
         self.node = [theta[ks] for theta, ks in zip(self.node, at, strict=True)]
         self.edge = {(i, j): table[at[i]][:, at[j]] for (i, j), table in self.edge.items()}
         self.kept = kept
+        self.shared = [group.restricted(kept) for group in self.shared]
 
     def sweep(self) -> tuple[Choice, list[np.ndarray]]:
         """One pass there and back. Returns a decoded choice and, per node, what each strategy costs above the best at least."""

@@ -29,6 +29,7 @@ from .shard import Shard, Solution, dual_prices, solve_ilp
 MOST_CELLS = 16_000  # pairs of states that the ILP is built for
 PROBE_CELLS = 8_000  # and those of an ILP on the way, in these rounds of bounding:
 PROBES = (1, 3, 7, 15)
+PRUNE_SWEEPS = 4  # after so many sweeps a plan is tried, and what it rules out goes
 SMALL_CELLS = 1_500  # an ILP of this size is solved as it is
 DUAL_CELLS = (4_000, 8_000, 12_000)  # of the LPs that price memory
 WITHIN_CELLS = 3_000  # of an ILP with memory rows on the way
@@ -95,11 +96,16 @@ def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, rounds: 
             relaxed.rebalance()
             before = relaxed.bound()
             choice, excess = relaxed.sweep()
-            if sweep == 4 or sweep == sweeps - 1:
-                state.offer(problem, local.descend(choice))
-        state.bound, state.base, state.excess = before, before, excess
-        _prune(state, relaxed, excess, before)
-        local.kept = state.kept
+            if sweep % PRUNE_SWEEPS != PRUNE_SWEEPS - 1:
+                continue
+            known = state.best_s
+            state.offer(problem, local.descend(choice))
+            if state.best_s < known or sweep == sweeps - 1:
+                state.bound, state.base, state.excess = before, before, excess
+                _prune(state, relaxed, excess, before)
+                local.kept = state.kept
+            if state.best_s - state.bound <= 0.1 * gap * abs(state.best_s):
+                break
         if state.best_s - state.bound <= 0.1 * gap * abs(state.best_s) or time.monotonic() > deadline:
             break
         if cells(problem, state.kept) <= MOST_CELLS or relaxed.bound() - start < 1e-5 * abs(start):
@@ -212,10 +218,8 @@ def _improved(problem: Problem, kept: Kept, choice: Choice, moments: Moments) ->
         before = list(now)
         for i, ks in enumerate(kept):
             old, costs = now[i], []
-            for k in ks if len(ks) > 1 else ():
-                now[i] = k
-                costs.append((float(local.own[i][k]) + sum(local.value_cost(v, now) for v in local.around[i]), k))
-            now[i] = old
+            if len(ks) > 1:
+                costs = list(zip(local.costs(i, now).tolist(), ks, strict=True))
             mine = next((cost for cost, k in costs if k == old), 0.0)
             for cost, k in sorted(costs):
                 if cost >= mine * (1 - 1e-9) or tries >= TRIES:
