@@ -54,7 +54,7 @@ def solve(
     """
     start = time.process_time()
     limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
-    states, trained = optimizer_states(optimizer), trained_parameters(program)
+    states = optimizer_states(optimizer)
     conversions = Conversions(mesh, random_costs)
     regather: tuple[str, ...] = ()
     built = build(program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=None)
@@ -76,10 +76,42 @@ def solve(
         found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
     if found.choice is None or found.seconds == math.inf:
         raise _refusal(built, found, limit, bool(pins))
-    cost = cost_of(built, found.choice, trained, states)
+    plan = assemble(
+        program,
+        built,
+        found,
+        mesh,
+        conversions,
+        graph_hash=graph_hash,
+        cluster=cluster,
+        limit=limit,
+        optimizer=optimizer,
+        inputs=inputs,
+        regather=regather,
+    )
+    return plan.timed(time.process_time() - start)
+
+
+def assemble(
+    program: Program,
+    built: Built,
+    found: Solution,
+    mesh: Mesh,
+    conversions: Conversions,
+    *,
+    graph_hash: str,
+    cluster: str,
+    limit: int | None,
+    optimizer: str,
+    inputs: Literal["global", "local"],
+    regather: tuple[str, ...] = (),
+) -> Plan:
+    """The plan file of a solution: choices, their cost, and what was proven about them."""
+    assert found.choice is not None
+    cost = cost_of(built, found.choice, trained_parameters(program), optimizer_states(optimizer))
     bound = max(0.0, min(found.bound, cost.step_s))
     choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
-    plan = Plan(
+    return Plan(
         graph_hash=graph_hash,
         mode=program.mode,  # type: ignore[arg-type]
         cluster=cluster,
@@ -97,9 +129,8 @@ def solve(
         gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
         status="optimal" if found.status == milp.OPTIMAL else "feasible",
         solver=milp.solver_name(),
-        random_costs=random_costs,
+        random_costs=conversions.random_costs,
     )
-    return plan.timed(time.process_time() - start)
 
 
 def _labels(built: Built, choice: Choice) -> list[str]:
