@@ -22,7 +22,7 @@ from ..ir.program import Input, Output, Program, Signature, values
 from . import blocks, clean, clone, torch_private
 from .assemble import title
 from .period import NoPeriod, Pattern, Place, Step, cut
-from .rehearse import Rehearsal, digest, frozen, rehearse
+from .rehearse import Memo, Rehearsal, digest, frozen, rehearse
 from .signature import Call, Const, Items, Record, Selection, Template
 
 Trace = Callable[[nn.Module, Any, Selection], Program]  # of a fake model and its mode
@@ -36,11 +36,12 @@ def expanded(model: nn.Module, call: Call, select: Callable[[], Selection], trac
     path, count = blocks.find(model)
     names = Names(path)
 
+    fakes, memo = mode(), Memo()
+
     def rehearsed(keep: int) -> Rehearsal:
-        fakes = mode()
         with warnings.catch_warnings(), torch_private.as_in_export():
             warnings.simplefilter("ignore")
-            return rehearse(shortened(model, fakes, path, keep), path, call, select(), names.split, fakes)
+            return rehearse(shortened(model, fakes, path, keep), path, call, select(), names.split, fakes, memo)
 
     four, three = rehearsed(4), rehearsed(3)
     period = Pattern(four.steps, cut(four.steps, four.starts, four.backward))

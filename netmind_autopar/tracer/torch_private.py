@@ -166,16 +166,55 @@ def constant(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor.constant if isinstance(tensor, FakeTensor) else tensor
 
 
+class Kin:
+    """Makes fake tensors like one that an op or a factory has just made: the same facts, memory of their own."""
+
+    def __init__(self, fake: torch.Tensor) -> None:
+        assert type(fake) is FakeTensor
+        self.state, self.device = dict(vars(fake)), fake.fake_device
+        shape, stride, self.offset = tuple(fake.shape), tuple(fake.stride()), fake.storage_offset()
+        self.form = (shape, stride)
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else 0
+        self.dtype, self.extent = fake.dtype, self.offset + extent
+
+    def make(self) -> torch.Tensor:
+        """Not to be called where modes are on that would see it, nor for tensors that `is_plain` says are more than their facts."""
+        if self.offset == 0:
+            memory = torch.empty_strided(*self.form, dtype=self.dtype, device="meta")
+        else:
+            memory = torch.empty(self.extent, dtype=self.dtype, device="meta").as_strided(*self.form, self.offset)
+        out = torch.Tensor._make_subclass(FakeTensor, memory, False, dispatch_device=True, device_for_backend_keys=self.device)
+        torch._C._set_throw_on_mutable_data_ptr(out)
+        vars(out).update(self.state)
+        return out
+
+
+def unseen() -> Any:
+    """A context that modes see nothing of: their tensors are as any others."""
+    return torch._C._DisableTorchDispatch()
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """A fake tensor that shape, strides, offset and dtype say everything about: no known value, not conjugated, on the CPU."""
+    return (
+        type(tensor) is FakeTensor
+        and tensor.constant is None
+        and tensor.real_tensor is None
+        and tensor.fake_device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
+
+
 class _Recorder(TorchDispatchMode):
-    def __init__(self, note: Callable[[Any, tuple, dict[str, Any], Any], None]) -> None:
+    def __init__(self, run: Callable[[Any, tuple, dict[str, Any]], Any]) -> None:
         super().__init__()
-        self.note = note
+        self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is not torch.ops.prim.device.default:  # asks a fake tensor where it lies
-            self.note(func, args, kwargs or {}, result)
-        return result
+        if func is torch.ops.prim.device.default:  # asks a fake tensor where it lies
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        return self.run(func, args, kwargs or {})
 
 
 @contextlib.contextmanager
@@ -209,6 +248,6 @@ def as_in_export() -> Iterator[None]:
             setattr(torch.compiler, name, value)
 
 
-def recorder(note: Callable[[Any, tuple, dict[str, Any], Any], None]) -> Any:
-    """A context in which every op that runs, after autograd, is told to `note`: (op, args, kwargs, result)."""
-    return _Recorder(note)
+def recorder(run: Callable[[Any, tuple, dict[str, Any]], Any]) -> Any:
+    """A context in which every op, after autograd, is what `run` returns for (op, args, kwargs)."""
+    return _Recorder(run)
