@@ -1,0 +1,252 @@
+"""The plans that people make by hand, as restrictions of the search: priced, proven and emitted by the same code as any other plan.
+
+A recipe (recipes.py) says along one mesh axis which letters of an op may be split, by the roles that the letters play in the graph
+(roles.py). What it leaves open is chosen by the solver at least cost, so that a baseline is as good as a careful hand could make it:
+where a Partial sum is reduced, along which dim a parameter is stored, in which order two axes are gathered.
+
+    batch             letters of the batch; an op without one runs whole, or lets Partial sums through
+    tensor            letters of the split features; others as above
+    tensor-sequence   letters of the split features, else of the sequence; others as above
+    sequence-heads    heads in attention, else the sequence; between a projection and its attention either
+    whole             parameters, and ops that only rearrange one, are not split, but for the features that `tensor` splits
+    kept, gathered    they lie split along one dim; gathered at once and kept ("kept"), or as late as possible, and again in backward
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..costs.comm import Conversions
+from ..costs.memory import optimizer_states
+from ..ir.errors import InfeasibleError, InputError, SolverError
+from ..ir.mesh import Mesh
+from ..ir.plan import ALL, Plan
+from ..ir.program import Program
+from ..rules.algebra import LINEAR, NONE, Rule
+from .build import Built, Kind, build
+from .conversions import uses, value_name
+from .presolve import Kept
+from .problem import evaluate
+from .recipes import Baseline, Recipe, axis_recipes
+from .roles import Roles, roles_of
+from .search import solve_problem
+from .solve import assemble
+
+ATTENTION = ("autopar.attention.default", "autopar.attention_backward.default")
+
+
+def solve_baseline(
+    program: Program,
+    rules: Mapping[str, Rule],
+    mesh: Mesh,
+    baseline: Baseline,
+    *,
+    graph_hash: str,
+    cluster: str = "custom",
+    memory_limit: int | None = None,
+    optimizer: str = "adamw",
+    inputs: Literal["global", "local"] = "global",
+    random_costs: int | None = None,
+    time_limit: float = 60.0,
+    gap: float = 1e-4,
+) -> Plan:
+    """The cheapest plan that follows `baseline` and fits; options as in `solve`.
+
+    Raises InputError when the model has no place for it (no attention, too few heads, a batch that does not divide),
+    InfeasibleError with the peak when it does not fit, SolverError when nothing was found in time.
+    """
+    start, deadline = time.process_time(), time.monotonic() + time_limit
+    limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
+    recipes, roles = axis_recipes(baseline, mesh), roles_of(program, rules)
+    check_applies(roles, recipes, mesh)
+    conversions = Conversions(mesh, random_costs)
+    leasts: list[int] = []
+    for regather in _regathers(program, rules, recipes, roles):
+        options = {"states": optimizer_states(optimizer), "inputs": inputs, "random_costs": random_costs}
+        built = build(program, rules, mesh, conversions, limit_bytes=limit, regather=regather, **options)  # type: ignore[arg-type]
+        allowed = restricted(built, roles, recipes)
+        found = solve_problem(built.problem, allowed=allowed, time_limit=max(deadline - time.monotonic(), 1.0), gap=gap)
+        if found.choice is not None and found.seconds < math.inf:
+            made = assemble(
+                program,
+                built,
+                found,
+                mesh,
+                conversions,
+                graph_hash=graph_hash,
+                cluster=cluster,
+                limit=limit,
+                optimizer=optimizer,
+                inputs=inputs,
+                regather=regather,
+            )
+            return made.timed(time.process_time() - start)
+        if found.choice is not None:
+            leasts.append(evaluate(built.problem, found.choice)[1])
+    if not leasts:
+        raise SolverError(f"no plan was found for the baseline {baseline!r} in time", try_="raise time_limit")
+    raise InfeasibleError(
+        f"the baseline {baseline!r} does not fit: {min(leasts)} bytes per device are needed, {limit} are there",
+        where=f"baseline={baseline!r} on {mesh}",
+        why="what a recipe fixes cannot be changed to save memory",
+        try_="another recipe, more devices, a smaller batch, or a plan without baseline=",
+    )
+
+
+def check_applies(roles: Roles, recipes: Sequence[Recipe], mesh: Mesh) -> None:
+    """Raises InputError when a recipe has no place in the model, or a size does not divide over the axes that split it."""
+    groups: dict[str, list[str]] = {}
+    widths: dict[str, int] = {}
+    for recipe, axis in zip(recipes, mesh.axes, strict=True):
+        what: str = "tensor" if recipe.work.startswith("tensor") else recipe.work
+        groups.setdefault(what, []).append(recipe.name)
+        widths[what] = widths.get(what, 1) * axis.size
+    for what, names in groups.items():
+        name, n = names[0], widths[what]
+        if n == 1:
+            continue
+        if what == "batch":
+            _divides(name, "the batch", roles.batch_size, n, mesh)
+        if what == "tensor":
+            if not roles.pairs:
+                raise _no_place(name, "no weight makes a feature dim that another weight sums over")
+            for c in sorted(roles.pairs):
+                _divides(name, "attention heads" if c in roles.heads else "a hidden dim", roles.sizes[c], n, mesh)
+        if what == "sequence-heads":
+            if not roles.heads:
+                raise _no_place(name, "it has no attention")
+            _divides(name, "attention heads", min(roles.sizes[c] for c in roles.heads), n, mesh)
+        if what == "sequence-heads" or "megatron-tp-sp" in names:
+            longest = max((roles.sizes[c] for c in roles.sequence), default=0)
+            if longest < n:
+                raise _no_place(name, f"its sequence of {longest} is shorter than the {n} devices" if longest else "it has no sequence")
+
+
+def _divides(name: str, what: str, size: int, n: int, mesh: Mesh) -> None:
+    if size % n:
+        raise InputError(
+            f"the baseline {name!r} splits {what} of {size} over {n} devices, which does not divide",
+            where=f"the mesh {mesh}",
+            why="the frameworks that this recipe is from refuse it too",
+            try_=f"an axis of {math.gcd(size, n)}" if math.gcd(size, n) > 1 else "another recipe or mesh",
+        )
+
+
+def _no_place(name: str, why: str) -> InputError:
+    return InputError(f"the model has no place for the baseline {name!r}", why=why, try_="another recipe")
+
+
+def restricted(built: Built, roles: Roles, recipes: Sequence[Recipe]) -> Kept:
+    """Per node of the problem the strategies that follow the recipes on as many axes as its sizes permit, and split nothing on others."""
+    reader = _Reader(built, roles)
+    out = []
+    for kind in built.kinds:
+        wanted = [reader.symbols(kind, recipe) for recipe in recipes]
+        scores = [_score(strategy, wanted) for strategy in kind.strategies]
+        out.append(tuple(k for k, score in enumerate(scores) if score == max(scores)))
+    return tuple(out)
+
+
+def _score(strategy: Sequence[str], wanted: Sequence[frozenset[str]]) -> int:
+    """On how many axes a strategy does as wanted; -1 when it does something else on one."""
+    follows = [symbol in symbols for symbol, symbols in zip(strategy, wanted, strict=True)]
+    return sum(follows) if all(ok or symbol == NONE for ok, symbol in zip(follows, strategy, strict=True)) else -1
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What recipes say about classes of ops, parameters and ends."""
+
+    built: Built
+    roles: Roles
+
+    def symbols(self, kind: Kind, recipe: Recipe) -> frozenset[str]:
+        """The symbols that a recipe wants along its axis."""
+        letters, rule = frozenset(kind.rule.letters), kind.rule
+        flows = frozenset(rule.symbols) - letters  # with NONE
+        if kind.role == "param":
+            return self._parameter(kind, recipe)
+        if kind.role != "op":
+            return frozenset(rule.symbols)
+        name = kind.members[0]
+        if name in self.roles.carried:
+            return self._carried(name, letters, recipe)
+        found = self._worked(kind, name, recipe, flows)
+        if found & letters or recipe.store == "whole" or self.built.nodes[name].meta["phase"] == "forward":
+            return (found & letters) | (found & flows) or flows
+        return frozenset(rule.symbols)  # what becomes of gradients once they are made
+
+    def _worked(self, kind: Kind, name: str, recipe: Recipe, flows: frozenset[str]) -> frozenset[str]:
+        """The symbols that an op on activations may have."""
+        roles = self.roles
+        if recipe.work == "batch":
+            return self._of(name, roles.batch) or flows
+        sequence = self._of(name, roles.sequence)
+        if recipe.work == "sequence-heads":
+            heads = self._of(name, roles.heads)
+            if str(self.built.nodes[name].target) in ATTENTION:
+                return heads
+            return (sequence | heads if self._between(kind, name, sequence) else sequence) or flows
+        split, flows = self._of(name, roles.split), self._calm(kind, name, flows)
+        if split or recipe.work == "tensor" or not sequence:
+            return split or flows
+        gathers = LINEAR in kind.rule.symbols or not self._of(name, roles.stream)  # a view of what is gathered, or a number per token
+        return sequence | (flows if gathers else flows - {NONE})
+
+    def _calm(self, kind: Kind, name: str, flows: frozenset[str]) -> frozenset[str]:
+        """Partial sums go through ops of one tensor, and gradients are added up before they are reduced; no further.
+
+        So a block's result is reduced before it meets the residual stream, and the stream's gradient before a norm's backward.
+        """
+        tensors = sum(bool(term.dims) for term in kind.rule.inputs)
+        if tensors == 1 or (self.built.nodes[name].meta["phase"] == "backward" and LINEAR in flows):
+            return flows
+        return frozenset((NONE,))
+
+    def _of(self, name: str, components: frozenset[int]) -> frozenset[str]:
+        return frozenset(self.roles.of(name, components))
+
+    def _between(self, kind: Kind, name: str, sequence: frozenset[str]) -> bool:
+        """True when an op keeps the sequence and takes no weight: what stands between a projection and its attention."""
+        kept = all(t is None or any(x in dim for dim in t.dims for x in sequence) for t in kind.rule.outputs)
+        return kept and not any(arg.name in self.roles.carried for arg in self.built.nodes[name].all_input_nodes)
+
+    def _carried(self, name: str, letters: frozenset[str], recipe: Recipe) -> frozenset[str]:
+        """What is made of a parameter before it is used: gathered here only if the other phase does not need it."""
+        whole = frozenset((NONE,))
+        if recipe.work.startswith("tensor"):
+            return self._of(name, self.roles.split) & letters or whole
+        if recipe.store != "gathered" or not letters:
+            return whole
+        phases = {user.meta.get("phase") for user in self.built.nodes[name].users}
+        return letters if len(phases) > 1 else letters | whole
+
+    def _parameter(self, kind: Kind, recipe: Recipe) -> frozenset[str]:
+        """Where it is stored. Features that are parts of a dim, as heads of a joint projection, may also lie whole: moving them costs."""
+        letters, whole = frozenset(kind.rule.letters), frozenset((NONE,))
+        if recipe.store != "whole":
+            return letters or whole
+        if not recipe.work.startswith("tensor"):
+            return whole
+        dims = self.roles.dims[kind.members[0]]
+        found = {f"d{d}" for d, components in enumerate(dims) if self.roles.split.intersection(components)} & letters
+        parts = any(components and components[0] not in self.roles.split for d, components in enumerate(dims) if f"d{d}" in found)
+        return frozenset(found) | (whole if parts or not found else frozenset())
+
+
+def _regathers(program: Program, rules: Mapping[str, Rule], recipes: Sequence[Recipe], roles: Roles) -> list[tuple[str, ...]]:
+    """Which values are converted again in backward: parameters where the recipe says so; everything, when memory asks for it."""
+    from .fold import classes
+
+    first: tuple[str, ...] = ()
+    if any(recipe.store == "gathered" for recipe in recipes):
+        names = classes(program, rules)
+        both = {
+            name for (name, _), takers in uses(program).items() if {u.phase for u in takers if u.result is None} >= {"forward", "backward"}
+        }
+        first = tuple(dict.fromkeys(value_name(names[n.name], 0) for n in program.graph.nodes if n.name in roles.carried & both))
+    return [first] if any(recipe.store == "kept" for recipe in recipes) else [first, (ALL,)]
