@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import torch_private
+
 _aten = torch.ops.aten
 
 # Functional programs have no aliases to track: these are their first argument.
@@ -74,9 +76,7 @@ class Simplifier:
             if node.target not in CHECKS:
                 self.env[node] = self._call(node)
         else:
-            new = self.graph.node_copy(node, self.env.__getitem__)
-            new.meta = dict(node.meta)
-            self.env[node] = new
+            self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
 
     def _call(self, node: fx.Node) -> fx.Node:
         target, val = node.target, node.meta.get("val")
@@ -104,7 +104,7 @@ class Simplifier:
         if key in self.seen:
             return self.seen[key]
         new = self.graph.create_node("call_function", target, args, kwargs)
-        new.meta = {k: node.meta[k] for k in ("val", "where", "module", "phase")}
+        new.meta.update({k: node.meta[k] for k in ("val", "where", "module", "phase")})
         if key:
             self.seen[key] = new
         return new
@@ -236,14 +236,10 @@ def identifier(text: str) -> str:
     name = re.sub(r"\W+", "_", text).strip("_") or "x"
     if name[0].isdigit():
         name = "m" + name
-    return name + "_" if keyword.iskeyword(name) or name in dir(builtins) or name in ("inf", "nan", "NoneType", "torch", "device") else name
+    return name + "_" if name in _RESERVED else name
 
 
-def op_word(node: fx.Node) -> str:
-    target = node.target
-    if target is operator.getitem:
-        return f"{node.args[0].name}_{node.args[1]}"
-    return target._schema.name.split("::")[1].strip("_") if isinstance(target, torch._ops.OpOverload) else target.__name__
+_RESERVED = {*keyword.kwlist, *dir(builtins), "inf", "nan", "NoneType", "torch", "device"}
 
 
 def rename(old: fx.Graph, ends: dict[fx.Node, str]) -> fx.Graph:
@@ -251,37 +247,46 @@ def rename(old: fx.Graph, ends: dict[fx.Node, str]) -> fx.Graph:
 
     `ends` names the placeholders.
     """
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    used: set[str] = set()
+    writer, env = Writer(), {}
     for node in old.nodes:
-        if node.op == "output":
-            graph.output(fx.node.map_arg(node.args[0], env.__getitem__))
-            continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-        name = _unique(ends.get(node) or _title(node, args), used)
+        if node.op == "output":
+            writer.graph.output(args[0])
+            continue
+        name = writer.unique(ends.get(node) or node_title(node.op, node.target, args, node.meta))
         target = name if node.op == "placeholder" else node.target
-        env[node] = graph.create_node(node.op, target, args, kwargs, name=name)
-        env[node].meta = node.meta
-    return graph
+        env[node] = writer.add(node.op, target, args, kwargs, name, node.meta)
+    return writer.graph
 
 
-def _title(node: fx.Node, args: tuple) -> str:
-    if node.op == "get_attr":
-        return identifier(node.target)
-    if node.target is operator.getitem:
+def node_title(op: str, target: Any, args: tuple, meta: dict[str, Any]) -> str:
+    """The name of a node that is no placeholder, before it is made unique."""
+    if op == "get_attr":
+        return identifier(target)
+    if target is operator.getitem:
         return identifier(f"{args[0].name}_out{args[1]}")
-    word = op_word(node)
-    word = re.sub(r"_backward(_data)?$", "", word) if node.meta["phase"] == "backward" else word
-    return identifier(
-        "_".join(filter(None, (node.meta["module"].replace(".", "_"), word, "bw" if node.meta["phase"] == "backward" else "")))
-    )
+    word = target._schema.name.split("::")[1].strip("_") if isinstance(target, torch._ops.OpOverload) else target.__name__
+    if meta["phase"] == "backward":
+        word = re.sub(r"_backward(_data)?$", "", word) + "_bw"
+    return identifier(f"{meta['module'].replace('.', '_')}_{word}" if meta["module"] else word)
 
 
-def _unique(name: str, used: set[str]) -> str:
-    candidate, i = name, 1
-    while candidate in used:
-        i += 1
-        candidate = f"{name}_v{i}"
-    used.add(candidate)
-    return candidate
+class Writer:
+    """A graph being written, every name once."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.used: set[str] = set()
+
+    def unique(self, name: str) -> str:
+        candidate, i = name, 1
+        while candidate in self.used:
+            i += 1
+            candidate = f"{name}_v{i}"
+        self.used.add(candidate)
+        return candidate
+
+    def add(self, op: str, target: Any, args: tuple, kwargs: dict[str, Any], name: str, meta: dict[str, Any]) -> fx.Node:
+        node = torch_private.new_node(self.graph, op, target, args, kwargs, name)
+        node.meta.update(meta)
+        return node

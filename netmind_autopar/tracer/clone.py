@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..ir.errors import CaptureError
+from . import torch_private
 
 
 def fake_like(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
@@ -27,10 +29,15 @@ def fake_clone(model: nn.Module, mode: Any, without: Sequence[nn.Module] = ()) -
     memo: dict[int, Any] = {id(module): nn.Identity() for module in without}
     nothing = torch.empty(0, device="meta")
     memo.update({id(tensor): nothing for module in without for tensor in (*module.parameters(), *module.buffers())})
+    kin: dict[tuple, torch_private.Kin] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in memo:
-            fake = fake_like(tensor, mode)
-            memo[id(tensor)] = nn.Parameter(fake.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            key = (tuple(tensor.shape), tensor.dtype)
+            if key not in kin:
+                kin[key] = torch_private.Kin(fake_like(tensor, mode))
+            memo[id(tensor)] = kin[key].parameter(tensor)
+    for module in model.modules():  # most of what a module holds are empty tables of hooks, which deepcopy is slow with
+        memo.update({id(value): OrderedDict() for value in vars(module).values() if type(value) is OrderedDict and not value})
     try:
         clone = copy.deepcopy(model, memo)
     except Exception as error:

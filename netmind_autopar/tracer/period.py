@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class NoPeriod(Exception):
     """The blocks are not repetitions of each other, or not in a way that is known here."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     content: Hashable
     refs: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
@@ -143,18 +143,32 @@ class Pattern:
         head, _, two, middle, second, tail = self.cuts
         more, stride = copies - 2, self.stride or 0
         out = [self._single(i, "head", 0, 0, copies) for i in range(head)]
+        forward, backward = ([self._lines(rule, copies) for rule in self.rules[part]] for part in ("forward", "backward"))
         for copy in range(1, copies + 1):
-            out += [self._copy(head + i, rule, copy, stride, copies) for i, rule in enumerate(self.rules["forward"])]
+            out += [self._copy(head + i, line, copy, stride, copies) for i, line in enumerate(forward)]
         out += [self._single(i, "middle", more, more * stride, copies) for i in range(two, middle)]
         for copy in range(copies, 0, -1):
-            out += [self._copy(second + i, rule, copy, stride, copies) for i, rule in enumerate(self.rules["backward"])]
+            out += [self._copy(second + i, line, copy, stride, copies) for i, line in enumerate(backward)]
         return out + [self._single(i, "tail", 0, 0, copies) for i in range(tail, len(self.steps))]
 
-    def _copy(self, index: int, rule: tuple[Place, ...], copy: int, stride: int, copies: int) -> tuple[Step, int]:
-        step = self.steps[index]
-        refs = tuple(self.of_copy(place, copy, copies) for place in rule)
-        blocks, counts = tuple(b + copy - 1 for b in step.blocks), tuple(c + (copy - 1) * stride for c in step.counts)
-        return Step(step.content, refs, blocks, counts), index
+    def _lines(self, rule: tuple[Place, ...], copies: int) -> tuple[tuple[Place, int, int], ...]:
+        """Each place with a and b such that its index is a + b copy, for copies that have one on either side."""
+        found = []
+        for place in rule:
+            slope = {"forward": self.forward, "backward": -self.backward}.get(place.part, 0)
+            start = self.index(Place(place.part, place.at, 1), copies) if slope else self.index(place, copies)
+            found.append((place, start + slope * (place.copy - 1), slope))
+        return tuple(found)
+
+    def _copy(self, index: int, lines: tuple[tuple[Place, int, int], ...], copy: int, stride: int, copies: int) -> tuple[Step, int]:
+        content, _, blocks, counts = self.steps[index]
+        if 1 < copy < copies:
+            refs = tuple([a + b * copy for _, a, b in lines])
+        else:
+            refs = tuple([self.of_copy(place, copy, copies) for place, _, _ in lines])
+        blocks = tuple([b + copy - 1 for b in blocks]) if blocks else ()
+        counts = tuple([c + (copy - 1) * stride for c in counts]) if counts else ()
+        return Step(content, refs, blocks, counts), index
 
     def _single(self, index: int, part: str, blocks: int, counts: int, copies: int) -> tuple[Step, int]:
         step = self.steps[index]

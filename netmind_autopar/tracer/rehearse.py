@@ -170,7 +170,7 @@ class _Book:
             result = op(*args, **kwargs)
             made = self.memo.keep(key, given, result) if key is not None else None
         if made is not None:
-            content = (made.number, origins)
+            content: tuple = (made.number, origins)
             for r, (_, facts) in zip((result,) if made.container is None else result, made.kinds, strict=True):
                 self.facts[id(r)] = facts
         else:

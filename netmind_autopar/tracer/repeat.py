@@ -1,24 +1,27 @@
 """Capture a deep model without tracing every block: trace it with four, and write down the program of all of them.
 
-    find the blocks -> rehearse the model with 4, 3 and all blocks -> trace it with 4 and with 3 -> expand
+    find the blocks -> rehearse the model with 4 and with all blocks -> trace it with 4 -> expand
 
 Three proofs before an expanded program is believed: the blocks are alike as modules (blocks.py); the steps that the *whole* model
 takes in eager mode, forward and backward, are those of the model of four blocks with its period repeated (rehearse.py); and the
-program traced with four blocks, shrunk by one period, is in everything the one traced with three. Where one of them fails, for
-whatever reason, every block is traced.
+program traced with four blocks has such a period too, which written down for four blocks is that program, in everything. Where one
+of them fails, for whatever reason, every block is traced.
+
+What four blocks cannot tell apart (the last block's and block 2's, say) all blocks do: the period of the steps and that of the
+program are read off four blocks by the same rules (period.py), and the rehearsal of all blocks shows whether they hold.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..ir.program import Input, Output, Program, Signature, values
+from ..ir.program import Input, Output, Program, Signature, tensor_args, values
 from . import blocks, clean, clone, torch_private
 from .assemble import title
 from .period import NoPeriod, Pattern, Place, Step, cut
@@ -43,26 +46,20 @@ def expanded(model: nn.Module, call: Call, select: Callable[[], Selection], trac
             warnings.simplefilter("ignore")
             return rehearse(shortened(model, fakes, path, keep), path, call, select(), names.split, fakes, memo)
 
-    four, three = rehearsed(4), rehearsed(3)
+    four, every = rehearsed(4), rehearsed(count)
     period = Pattern(four.steps, cut(four.steps, four.starts, four.backward))
-    _check_steps(period, three, 1)
-    every = rehearsed(count)
     _check_steps(period, every, count - 2)
-    if not four.tangents == three.tangents == every.tangents:
+    if four.tangents != every.tangents:
         raise NoPeriod("blocks return outputs that carry gradients")
 
-    def traced(keep: int) -> tuple[Program, Selection]:
-        fakes, selection = mode(), select()
-        return trace(shortened(model, fakes, path, keep), fakes, selection), selection
-
-    (program, selection), (other, other_selection) = traced(4), traced(3)
-    for one, two in ((selection, four.selection), (other_selection, three.selection)):
-        if one.paths != two.paths or one.kept != two.kept or not same_template(one.template, two.template):
-            raise NoPeriod("traced outputs are not those of the rehearsal")
+    fakes, one, two = mode(), select(), four.selection
+    program = trace(shortened(model, fakes, path, 4), fakes, one)
+    if one.paths != two.paths or one.kept != two.kept or not same_template(one.template, two.template):
+        raise NoPeriod("traced outputs are not those of the rehearsal")
     parameters, buffers = clone.names(model)
-    expander = _Expander(names, program, period, four, [*parameters, *buffers], count)
-    if found := difference(expander.program(three, 3), other):
-        raise NoPeriod(f"four blocks are no repetition of three: {found}")
+    expander = _Expander(names, program, period, four, [*parameters, *buffers])
+    if found := difference(expander.program(four, 4), program):
+        raise NoPeriod(f"four blocks, written down again, are others: {found}")
     return expander.program(every, count)
 
 
@@ -80,9 +77,9 @@ def _check_steps(period: Pattern, rehearsal: Rehearsal, copies: int) -> None:
     wanted = [step for step, _ in period.expand(copies)]
     if len(wanted) != len(rehearsal.steps):
         raise NoPeriod(f"{len(rehearsal.steps)} steps where {len(wanted)} were expected")
-    for i, (step, real) in enumerate(zip(wanted, rehearsal.steps, strict=True)):
-        if step != real:
-            raise NoPeriod(f"step {i} differs: {real} instead of {step}")
+    if wanted != rehearsal.steps:
+        i, step, real = next((i, *pair) for i, pair in enumerate(zip(wanted, rehearsal.steps, strict=True)) if pair[0] != pair[1])
+        raise NoPeriod(f"step {i} differs: {real} instead of {step}")
 
 
 class Names:
@@ -167,8 +164,8 @@ def _salt(node: fx.Node) -> int | None:
 class _Expander:
     """Writes down the program of any number of blocks, given that of four and what a rehearsal says about outputs."""
 
-    def __init__(self, names: Names, program: Program, period: Pattern, four: Rehearsal, tensors: list[str], count: int) -> None:
-        self.names, self.four_program, self.period, self.tensors, self.count = names, program, period, tensors, count
+    def __init__(self, names: Names, program: Program, period: Pattern, four: Rehearsal, tensors: list[str]) -> None:
+        self.names, self.four_program, self.period, self.tensors = names, program, period, tensors
         self.four = _steps(program, names)
         self.pattern = Pattern(self.four.steps, cut(self.four.steps, self.four.starts, self.four.backward))
         number = {node.name: i for i, node in enumerate(self.four.nodes)}
@@ -190,15 +187,15 @@ class _Expander:
     def program(self, rehearsal: Rehearsal, count: int) -> Program:
         steps = self.pattern.expand(count - 2)
         inputs = self._inputs(rehearsal.selection.paths, count)
-        graph, made, titles = self._graph(steps, inputs)
+        copy = _Copy(self, inputs)
+        for step, index in steps:
+            copy.add(step, index)
+        graph, made = copy.writer.graph, copy.made
         outputs = self._outputs(rehearsal, inputs, count)
         graph.output(tuple(made[index] for index, _ in outputs))
-        old = list(titles)
-        graph = clean.rename(graph, titles)
-        nodes = list(graph.nodes)
-        placed = tuple(Input(n.name, i.role, i.name, i.index) for n, i in zip(nodes[: len(old)], inputs, strict=True))
-        results = tuple(Output(n.name, o.role, o.name, o.index) for n, (_, o) in zip(nodes[-1].args[0], outputs, strict=True))
-        constants = {n.target: self.four_program.constants[n.target] for n in nodes if n.op == "get_attr"}
+        placed = tuple(Input(n.name, i.role, i.name, i.index) for n, i in zip(copy.given.values(), inputs, strict=True))
+        results = tuple(Output(made[index].name, o.role, o.name, o.index) for index, o in outputs)
+        constants = {n.target: self.four_program.constants[n.target] for n in made if n.op == "get_attr"}
         given = self.four_program.signature
         signature = Signature(given.pack, rehearsal.selection.unpack, given.rebuild)
         return Program(graph, placed, results, signature, constants, self.four_program.tied, mode=self.four_program.mode)
@@ -220,47 +217,6 @@ class _Expander:
     def _model_name(self, name: str) -> str:
         rest, number = self.names.split(name)
         return name if number is None or number < 4 else self.names.join(rest, 1)
-
-    def _graph(self, steps: list[tuple[Step, int]], inputs: list[Input]) -> tuple[fx.Graph, list[fx.Node], dict[fx.Node, str]]:
-        graph = fx.Graph()
-        made: list[fx.Node] = []
-        models = {n.name: n for n in self.four_program.graph.nodes if n.op == "placeholder"}
-        ends = {i.node: i for i in self.four_program.inputs}
-        titles: dict[fx.Node, str] = {}
-        given: dict[tuple[str, str], fx.Node] = {}
-        for i in inputs:
-            node = given[i.role, i.name] = graph.placeholder(f"end{len(given)}")
-            node.meta = self._meta(models[i.node], None)
-            titles[node] = title(i.role, i.name, i.index)
-        for step, index in steps:
-            refs, named = iter(step.refs), iter(step.blocks)
-            model = self.four.nodes[index]
-            meta = self._meta(model, named)
-
-            def new(arg: fx.Node, refs: Any = refs, named: Any = named) -> fx.Node:
-                if arg.op != "placeholder":
-                    return made[next(refs)]
-                end = ends[arg.name]
-                rest, number = self.names.split(end.name) if end.role in ("param", "buffer") else (end.name, None)
-                return given[end.role, end.name if number is None else self.names.join(rest, next(named))]
-
-            made.append(self._node(graph, model, step, new))
-            made[-1].meta = meta
-        return graph, made, titles
-
-    def _node(self, graph: fx.Graph, model: fx.Node, step: Step, new: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        args, kwargs = fx.node.map_arg((model.args, model.kwargs), new)
-        salt = _salt(model)
-        if salt is not None:
-            args = (*args[:salt], step.counts[0], *args[salt + 1 :])
-        return graph.create_node(model.op, model.target, args, kwargs)
-
-    def _meta(self, model: fx.Node, named: Any) -> dict[str, Any]:
-        meta = dict(model.meta)
-        rest, number = self.names.split(meta.get("module") or "")
-        if named is not None and number is not None:
-            meta["module"] = self.names.join(rest, next(named))
-        return meta
 
     def _outputs(self, rehearsal: Rehearsal, inputs: list[Input], count: int) -> list[tuple[int, Output]]:
         """Each result with the number of the step that makes it."""
@@ -296,6 +252,50 @@ class _Expander:
             assert block is not None
             return self.pattern.of_copy(self.pattern.repeated(*steps), block, count - 2)
         return self.pattern.index(self.pattern.end(steps[0], {None: "", 0: "tail", 3: "middle"}[number]), count - 2)
+
+
+class _Copy:
+    """The graph of a program of more blocks, written node by node after those of the four."""
+
+    def __init__(self, expander: _Expander, inputs: list[Input]) -> None:
+        self.four, self.names, self.writer = expander.four, expander.names, clean.Writer()
+        models = {n.name: n for n in expander.four_program.graph.nodes if n.op == "placeholder"}
+        self.given: dict[tuple[str, str], fx.Node] = {}
+        self.made: list[fx.Node] = []
+        for i in inputs:
+            name = self.writer.unique(title(i.role, i.name, i.index))
+            self.given[i.role, i.name] = self.writer.add("placeholder", name, (), {}, name, models[i.node].meta)
+        ends = {i.node: i for i in expander.four_program.inputs}
+        self.recipes = [self._recipe(node, ends) for node in self.four.nodes]
+
+    def _recipe(self, node: fx.Node, ends: dict[str, Input]) -> tuple[list[Any], int | None, tuple[str, int | None]]:
+        """What a node takes (None for a step's result, else role, name and block), where its salt stands, its module and block."""
+        found: list[Any] = []
+        for arg in tensor_args(node):
+            if arg.op != "placeholder":
+                found.append(None)
+                continue
+            end = ends[arg.name]
+            rest, number = self.names.split(end.name) if end.role in ("param", "buffer") else (end.name, None)
+            found.append((end.role, end.name, None) if number is None else (end.role, rest, number))
+        return found, _salt(node), self.names.split(node.meta.get("module") or "")
+
+    def add(self, step: Step, index: int) -> None:
+        model, (takes, salt, (module, number)) = self.four.nodes[index], self.recipes[index]
+        named, refs = iter(step.blocks), iter(step.refs)
+        meta = dict(model.meta)
+        if number is not None:
+            meta["module"] = self.names.join(module, next(named))
+        nodes = iter([self.made[next(refs)] if end is None else self._end(end, named) for end in takes])
+        args, kwargs = fx.node.map_arg((model.args, model.kwargs), lambda _: next(nodes))
+        if salt is not None:
+            args = (*args[:salt], step.counts[0], *args[salt + 1 :])
+        name = self.writer.unique(clean.node_title(model.op, model.target, args, meta))
+        self.made.append(self.writer.add(model.op, model.target, args, kwargs, name, meta))
+
+    def _end(self, end: tuple[str, str, int | None], named: Iterator[int]) -> fx.Node:
+        role, name, number = end
+        return self.given[role, name if number is None else self.names.join(name, next(named))]
 
 
 def same_template(a: Template | None, b: Template | None) -> bool:

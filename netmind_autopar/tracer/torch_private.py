@@ -36,6 +36,17 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def new_node(graph: fx.Graph, op: str, target: Any, args: tuple, kwargs: dict[str, Any], name: str) -> fx.Node:
+    """`Graph.create_node` without its search for symbolic sizes, of which a captured graph has none; it takes a third of the time."""
+    name = graph._graph_namespace.create_name(name, None)
+    node = fx.Node(graph, name, op, target, args, kwargs)
+    graph._graph_namespace.associate_name_with_obj(name, node)
+    graph._insert(node)
+    graph._find_nodes_lookup_table.insert(node)
+    graph._len += 1
+    return node
+
+
 def is_symbolic(value: Any) -> bool:
     """True when a size is not known at capture."""
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
@@ -187,6 +198,14 @@ class Kin:
         torch._C._set_throw_on_mutable_data_ptr(out)
         vars(out).update(self.state)
         return out
+
+    def parameter(self, original: torch.Tensor) -> torch.Tensor:
+        """A fake parameter or buffer in the place of `original`, which wants a gradient if that one does."""
+        with unseen():
+            out = self.make()
+        if isinstance(original, torch.nn.Parameter):
+            out._is_param = True  # what nn.Parameter says of a tensor that has a class of its own
+        return out.requires_grad_(original.requires_grad)
 
 
 def unseen() -> Any:
