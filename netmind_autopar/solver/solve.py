@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 from ..costs.comm import Conversions
 from ..costs.memory import optimizer_states
-from ..ir.errors import InfeasibleError, InputError, PlanError, SolverError
+from ..ir.errors import InfeasibleError, PlanError, SolverError
 from ..ir.mesh import Mesh
 from ..ir.plan import ALL, Plan, PlanAxis, PlanDevice
 from ..ir.program import Program
-from ..ir.spec import Placement, Spec, parse_placement
 from ..rules.algebra import Rule, Strategy, is_legal, strategies
 from ..tracer.hash import graph_hash as hash_of
 from . import milp
@@ -22,12 +21,10 @@ from .conversions import end_rules
 from .explain import collectives_of, cost_of, replicated_of
 from .fold import classes
 from .memory import largest
-from .presolve import Kept
+from .pins import Pin, pinned
 from .problem import Choice, evaluate
 from .search import solve_problem
 from .shard import Solution
-
-Pin = str | Sequence[str] | Mapping[str, str]
 
 
 def solve(
@@ -40,6 +37,7 @@ def solve(
     memory_limit: int | None = None,
     optimizer: str = "adamw",
     pins: Mapping[str, Pin] | None = None,
+    forbid: Mapping[str, Pin] | None = None,
     inputs: Literal["global", "local"] = "global",
     random_costs: int | None = None,
     time_limit: float = 60.0,
@@ -48,7 +46,8 @@ def solve(
     """The cheapest plan that fits.
 
     memory_limit: bytes per device, the device's own memory when None. pins: parameter name -> placements: "S(0)" (on every axis),
-    "R S(0)" or ("R", "S(0)") (one per axis) or {"tp": "S(0)"} (other axes free). random_costs: a seed for random prices.
+    "R S(0)" or ("R", "S(0)") (one per axis) or {"tp": "S(0)"} (other axes free). forbid: parameter name -> placements that it must
+    not have: "S(0)" or ("S(0)", "S(1)") (on any axis) or {"tp": "S(0)"} (on this one). random_costs: a seed for random prices.
     time_limit: seconds for the solver, after which the best plan found is returned as "feasible" with its true gap. gap: relative.
     Raises InputError (pins, optimizer), InfeasibleError (nothing fits), SolverError (nothing found in time).
     """
@@ -58,24 +57,16 @@ def solve(
     conversions = Conversions(mesh, random_costs)
     regather: tuple[str, ...] = ()
     built = build(program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=None)
-    allowed = _pinned(program, built, mesh, pins or {})
+    allowed = pinned(program, built, mesh, pins or {}, forbid or {})
     found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
     if found.choice is None or evaluate(built.problem, found.choice)[1] > limit:
         regather = (ALL,)
         built = build(
-            program,
-            rules,
-            mesh,
-            conversions,
-            states=states,
-            inputs=inputs,
-            random_costs=random_costs,
-            limit_bytes=limit,
-            regather=regather,
+            program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=limit, regather=regather
         )
         found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
     if found.choice is None or found.seconds == math.inf:
-        raise _refusal(built, found, limit, bool(pins))
+        raise _refusal(built, found, limit, bool(pins or forbid))
     plan = assemble(
         program,
         built,
@@ -135,71 +126,6 @@ def assemble(
 
 def _labels(built: Built, choice: Choice) -> list[str]:
     return [node.labels[k] for node, k in zip(built.problem.nodes, choice, strict=True)]
-
-
-def _pinned(program: Program, built: Built, mesh: Mesh, pins: Mapping[str, Pin]) -> Kept | None:
-    """The strategies that the pins leave; None when there are no pins."""
-    if not pins:
-        return None
-    allowed = [tuple(range(len(node.labels))) for node in built.problem.nodes]
-    by_name = {item.name: item.node for item in program.inputs if item.role == "param"}
-    by_name |= {alias: by_name[first] for alias, first in program.tied.items() if first in by_name}
-    for name, pin in pins.items():
-        if name not in by_name:
-            near = ", ".join(sorted(n for n in by_name if n.rpartition(".")[2] == name.rpartition(".")[2])[:3]) or ", ".join(
-                sorted(by_name)[:3]
-            )
-            raise InputError(
-                f"cannot pin {name!r}: the model has no such parameter", where="pins=", try_=f"a parameter's name, such as {near}"
-            )
-        want = _placements(name, pin, mesh)
-        i = next(i for i, kind in enumerate(built.kinds) if by_name[name] in kind.members)
-        kind = built.kinds[i]
-        fits = tuple(k for k in allowed[i] if _matches(kind.gives[k][0], want, mesh))
-        if not fits:
-            others = ", ".join(built.nodes[m].name for m in kind.members[:3])
-            raise InputError(
-                f"cannot pin {name!r} to {' '.join(str(p or 'free') for p in want)}",
-                where="pins=",
-                why=f"its shape {tuple(built.nodes[kind.members[0]].meta['val'].shape)} cannot be split so on the mesh {mesh}, "
-                f"or another pin of the same repeated block ({others}) says otherwise",
-                try_="a dim that is at least as long as the axis is wide, and one pin per repeated block",
-            )
-        allowed[i] = fits
-    return tuple(allowed)
-
-
-def _placements(name: str, pin: Pin, mesh: Mesh) -> list[Placement | None]:
-    """One placement per axis; None where the pin says nothing."""
-    if isinstance(pin, Mapping):
-        for axis in pin:
-            if axis not in mesh.names:
-                raise InputError(
-                    f"the pin of {name!r} names the axis {axis!r}",
-                    where="pins=",
-                    why=f"the mesh is {mesh}",
-                    try_=f"one of {', '.join(mesh.names)}",
-                )
-        words: list[str | None] = [pin.get(axis) for axis in mesh.names]
-    else:
-        given = pin.split() if isinstance(pin, str) else list(pin)
-        words = [*(given * len(mesh.axes) if len(given) == 1 else given)]
-    if len(words) != len(mesh.axes):
-        raise InputError(
-            f"the pin of {name!r} has {len(words)} placements",
-            where="pins=",
-            why=f"the mesh {mesh} has {len(mesh.axes)} axes",
-            try_="one placement per axis, such as " + repr(" ".join(["R"] * (len(mesh.axes) - 1) + ["S(0)"])),
-        )
-    try:
-        return [None if word is None else parse_placement(word) for word in words]
-    except ValueError as e:
-        raise InputError(f"cannot read the pin of {name!r}", where="pins=", why=str(e), try_="R, or S(0) for a split of dim 0") from None
-
-
-def _matches(spec: Spec | None, want: Sequence[Placement | None], mesh: Mesh) -> bool:
-    assert spec is not None
-    return all(w is None or p == w or axis.size == 1 for p, w, axis in zip(spec.placements, want, mesh.axes, strict=True))
 
 
 def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> InfeasibleError | SolverError:
