@@ -14,6 +14,7 @@ import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -23,6 +24,8 @@ from .table import TABLE, rule_for, signature
 
 Cuts = tuple[int, ...]  # right strides inside a dim, ascending, each dividing the next
 _Value = tuple[int, int]  # (node number, output index)
+_Place = tuple[_Value, int]  # a dim of a value
+_NONE: dict[str, Cuts] = {}
 
 
 def bind_program(program: Program) -> dict[str, Rule]:
@@ -46,14 +49,22 @@ def learnt_rules(program: Program) -> tuple[tuple[str, str], ...]:
 def bind_nodes(nodes: Sequence[fx.Node]) -> dict[str, Rule]:
     """As `bind_program`, for the nodes given (in graph order)."""
     cache: dict[tuple, Rule] = {}
+    seen: dict[int, Any] = {}
     rules: list[Rule] = []
     for node in nodes:
-        key = signature(node)
+        key = signature(node, seen)
         if key not in cache:
             cache[key] = rule_for(node)
         rules.append(cache[key])
+    refined: dict[tuple[int, int], Rule] = {}
+    out: dict[str, Rule] = {}
     cuts = _Flow(nodes, rules).run()
-    return {node.name: refine(rule, found) for node, rule, found in zip(nodes, rules, cuts, strict=True)}
+    for node, rule, found in zip(nodes, rules, cuts, strict=True):
+        pair = (id(rule), id(found))
+        if pair not in refined:
+            refined[pair] = refine(rule, found)
+        out[node.name] = refined[pair]
+    return out
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,8 @@ class _Flow:
         number: dict[fx.Node, int] = {node: i for i, node in enumerate(nodes)}
         rows = {id(rule): _rows(rule) for rule in {id(rule): rule for rule in rules}.values()}
         self.rows = [rows[id(rule)] for rule in rules]
-        self.args: list[list[_Value]] = []
+        self.places: list[tuple[_Place, ...]] = []  # of each row of a node
+        self.same: list[tuple[int, ...]] = []  # the first row with the same place, where a node takes a value twice
         self.users: dict[_Value, list[int]] = {}
         outside: dict[fx.Node, int] = {}
         for i, node in enumerate(nodes):
@@ -108,9 +120,12 @@ class _Flow:
                 value = (number[origin] if origin in number else outside.setdefault(origin, ~len(outside)), index)
                 found.append(value)
                 self.users.setdefault(value, []).append(i)
-            self.args.append(found)
-        self.values: dict[tuple[_Value, int], Cuts] = {}
-        self.letters: list[dict[str, Cuts]] = [{} for _ in nodes]
+            places = tuple([(found[row.slot] if row.slot >= 0 else (i, ~row.slot), row.dim) for row in self.rows[i]])
+            self.places.append(places)
+            self.same.append(tuple(map(places.index, places)) if len(set(places)) < len(places) else ())
+        self.values: dict[_Place, Cuts] = {}
+        self.letters: list[dict[str, Cuts]] = [_NONE for _ in nodes]  # never changed, only replaced, and shared
+        self.met: dict[tuple, tuple[list[Cuts], dict[str, Cuts]]] = {}
 
     def run(self) -> list[dict[str, Cuts]]:
         queue = deque(range(len(self.rows)))
@@ -126,29 +141,39 @@ class _Flow:
 
     def _visit(self, i: int) -> list[int]:
         """Move cuts between the dims around one node until they agree; the nodes whose values changed."""
-        letters, changed = self.letters[i], []
-        rows = self.rows[i]
-        for row in rows:
-            for cut in self.values.get((self._value(i, row.slot), row.dim), ()):
-                for letter, stride, size in row.letters:
-                    inner, rest = divmod(cut, stride)
-                    if rest == 0 and 1 < inner < size and size % inner == 0:
-                        letters[letter] = _with(letters.get(letter, ()), inner)
-        for row in rows:
-            value = self._value(i, row.slot)
-            before = after = self.values.get((value, row.dim), ())
-            for cut in row.bounds:
-                after = _with(after, cut)
-            for letter, stride, _ in row.letters:
-                for cut in letters.get(letter, ()):
-                    after = _with(after, cut * stride)
-            if after != before:
-                self.values[value, row.dim] = after
+        rows, places, letters, same = self.rows[i], self.places[i], self.letters[i], self.same[i]
+        before = [self.values.get(place, ()) for place in places]
+        key = (id(rows), id(letters), same, *before)  # nodes of repeated blocks meet the same
+        if key not in self.met:
+            self.met[key] = _met(rows, before, letters, same)
+        after, self.letters[i] = self.met[key]
+        changed: list[int] = []
+        for place, old, new in zip(places, before, after, strict=True):
+            if new != old:
+                self.values[place] = new
+                value = place[0]
                 changed += [*([value[0]] if value[0] >= 0 else []), *self.users.get(value, ())]
         return changed
 
-    def _value(self, i: int, slot: int) -> _Value:
-        return self.args[i][slot] if slot >= 0 else (i, ~slot)
+
+def _met(rows: tuple[_Row, ...], before: list[Cuts], letters: dict[str, Cuts], same: tuple[int, ...]) -> tuple[list[Cuts], dict[str, Cuts]]:
+    """The cuts of each row's dim and of the letters when the dims around one node have told each other theirs."""
+    letters = dict(letters)
+    for row, cuts in zip(rows, before, strict=True):
+        for cut in cuts:
+            for letter, stride, size in row.letters:
+                inner, rest = divmod(cut, stride)
+                if rest == 0 and 1 < inner < size and size % inner == 0:
+                    letters[letter] = _with(letters.get(letter, ()), inner)
+    after = list(before)
+    for j, row in enumerate(rows):
+        first = same[j] if same else j
+        for cut in row.bounds:
+            after[first] = _with(after[first], cut)
+        for letter, stride, _ in row.letters:
+            for cut in letters.get(letter, ()):
+                after[first] = _with(after[first], cut * stride)
+    return [after[j] for j in same] if same else after, letters
 
 
 def refine(rule: Rule, cuts: dict[str, Cuts]) -> Rule:

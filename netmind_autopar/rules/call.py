@@ -85,18 +85,28 @@ def call_of(node: fx.Node) -> Call:
     return Call(node.target, tuple(args), dict(kwargs), values(node))
 
 
-def signature(node: fx.Node) -> tuple[Any, ...]:
-    """What a rule depends on: op, shapes and dtypes of tensors, all other arguments. Hashable."""
-    return (op_name(node), _frozen(node.args), _frozen(node.kwargs), _frozen(node.meta["val"]))
+def signature(node: fx.Node, seen: dict[int, Any] | None = None) -> tuple[Any, ...]:
+    """What a rule depends on: op, shapes and dtypes of tensors, all other arguments. Hashable.
+
+    seen: one dictionary for all nodes of a program, so that each of its tensors is looked at once.
+    """
+    seen = {} if seen is None else seen
+    return (op_name(node), _frozen(node.args, seen), _frozen(node.kwargs, seen), _frozen(node.meta["val"], seen))
 
 
-def _frozen(value: Any) -> Any:
-    if isinstance(value, fx.Node):
+def _frozen(value: Any, seen: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind is int or kind is bool or kind is float or kind is str:
+        return (kind.__name__, value)
+    if kind is fx.Node:
         value = value.meta["val"]
+    if id(value) in seen:
+        return seen[id(value)]
     if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.dtype)
+        out = seen[id(value)] = (tuple(value.shape), value.dtype)
+        return out
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v) for v in value)
+        return tuple([_frozen(v, seen) for v in value])
     if isinstance(value, Mapping):
-        return tuple((k, _frozen(v)) for k, v in value.items())
-    return (type(value).__name__, value) if isinstance(value, (bool, int, float, str)) else str(value)
+        return tuple([(k, _frozen(v, seen)) for k, v in value.items()])
+    return (kind.__name__, value) if isinstance(value, (bool, int, float, str)) else str(value)

@@ -15,7 +15,9 @@ Names, the keys of `Plan.choices`:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,57 +32,86 @@ IGNORED = {"salt"}  # arguments that differ from call to call without changing w
 def classes(program: Program, rules: Mapping[str, Rule] | None = None) -> dict[str, str]:
     """The class of every placeholder, constant and op; `getitem` nodes belong to their producer and have none."""
     ends = program.placeholders()
-    blocks = _blocks(node.meta.get("module") or "" for node in program.graph.nodes)
+    stars = _Stars(program)
     ordinals: dict[tuple, int] = {}
     taken: dict[str, dict[object, str]] = {}
     out: dict[str, str] = {}
+    signs = _Signs()
     for node in program.graph.nodes:
         if node.op == "output" or is_getitem(node):
             continue
         if "again" in node.meta:  # runs again in backward what its original did in forward
             out[node.name] = out[node.meta["again"]]
             continue
-        sign = signature(node, rules.get(node.name) if rules else None)
+        sign = signs.of(node, rules.get(node.name) if rules else None)
         if node.op == "placeholder":
-            base = _end_name(ends[node.name].role, ends[node.name].name, blocks)
+            base = _end_name(ends[node.name].role, ends[node.name].name, stars)
         elif node.op == "get_attr":
             base = f"constant.{node.name}"
         else:
-            base = _op_class(node, sign, blocks, ordinals)
+            base = _op_class(node, sign, stars, ordinals)
         known = taken.setdefault(base, {})
         out[node.name] = known.setdefault(sign, base if not known else f"{base}~{len(known)}")
     return out
 
 
-def _blocks(paths: Any) -> set[str]:
-    """Every prefix of a module path that ends in a number and has modules below it."""
-    found: set[str] = set()
-    for path in set(paths):
-        parts = path.split(".")
-        found |= {".".join(parts[: i + 1]) for i, part in enumerate(parts[:-1]) if part.isdigit()}
-    return found
+class _Stars:
+    """Module paths with their layer numbers replaced by stars."""
+
+    def __init__(self, program: Program) -> None:
+        paths = {node.meta.get("module") or "" for node in program.graph.nodes}
+        self.blocks: set[str] = set()  # every prefix of a path that ends in a number and has modules below it
+        for path in paths:
+            parts = path.split(".")
+            self.blocks |= {".".join(parts[: i + 1]) for i, part in enumerate(parts[:-1]) if part.isdigit()}
+        self.known: dict[str, str] = {}
+
+    def of(self, path: str) -> str:
+        if path not in self.known:
+            parts = path.split(".")
+            numbers = [part.isdigit() and ".".join(parts[: i + 1]) in self.blocks for i, part in enumerate(parts)]
+            self.known[path] = ".".join("*" if number else part for part, number in zip(parts, numbers, strict=True))
+        return self.known[path]
 
 
-def starred(path: str, blocks: set[str]) -> str:
-    """A module path with its layer numbers replaced by stars."""
-    parts = path.split(".")
-    return ".".join("*" if part.isdigit() and ".".join(parts[: i + 1]) in blocks else part for i, part in enumerate(parts))
-
-
-def _end_name(role: str, name: str, blocks: set[str]) -> str:
+def _end_name(role: str, name: str, stars: _Stars) -> str:
     if role in ("param", "buffer"):
         owner, dot, leaf = name.rpartition(".")
-        return starred(owner, blocks) + dot + leaf
+        return stars.of(owner) + dot + leaf
     return {"input": f"input.{name}", "tangent": f"output.{name}"}.get(role, role)
 
 
-def _op_class(node: fx.Node, sign: object, blocks: set[str], ordinals: dict[tuple, int]) -> str:
+def _op_class(node: fx.Node, sign: _Sign, stars: _Stars, ordinals: dict[tuple, int]) -> str:
     module, phase = node.meta.get("module") or "", node.meta.get("phase", "forward")
     key = (module, phase, sign)
     ordinal = ordinals[key] = ordinals.get(key, -1) + 1
-    op = op_name(node).split(".")
-    name = ".".join(filter(None, (starred(module, blocks), op[1] if len(op) > 2 else op[0])))
+    op = sign.facts[0].split(".")
+    name = ".".join(filter(None, (stars.of(module), op[1] if len(op) > 2 else op[0])))
     return name + (f".{ordinal}" if ordinal else "") + ("@backward" if phase == "backward" else "")
+
+
+@dataclass(frozen=True, eq=False)
+class _Sign:
+    """A signature, the same object for the same one."""
+
+    facts: tuple
+
+
+class _Signs:
+    """The signatures of a program's nodes. Nodes that take and make the very same fake tensors need no second look."""
+
+    def __init__(self) -> None:
+        self.quick: dict[tuple, _Sign] = {}
+        self.known: dict[tuple, _Sign] = {}
+
+    def of(self, node: fx.Node, rule: Rule | None) -> _Sign:
+        takes = tuple([id(arg.meta["val"]) for arg in tensor_args(node)])
+        what = node.target if node.op == "call_function" else node.op
+        key = (what, takes, id(node.meta["val"]), id(rule), _other_args(node))
+        if key not in self.quick:
+            facts = signature(node, rule)
+            self.quick[key] = self.known.setdefault(facts, _Sign(facts))
+        return self.quick[key]
 
 
 def signature(node: fx.Node, rule: Rule | None = None) -> tuple:
@@ -107,7 +138,13 @@ def _other_args(node: fx.Node) -> str:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), hide)
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
-        names = [argument.name for argument in schema.arguments]
-        args = tuple("" if i < len(names) and names[i] in IGNORED else a for i, a in enumerate(args))
+        ignored = _ignored(node.target)
+        args = tuple("" if i in ignored else a for i, a in enumerate(args)) if ignored else args
         kwargs = {k: v for k, v in kwargs.items() if k not in IGNORED}
     return repr((tuple(args), sorted(kwargs.items())))
+
+
+@functools.cache
+def _ignored(op: torch._ops.OpOverload) -> frozenset[int]:
+    """The positions of an op's ignored arguments."""
+    return frozenset(i for i, argument in enumerate(op._schema.arguments) if argument.name in IGNORED)

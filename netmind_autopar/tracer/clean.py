@@ -247,7 +247,8 @@ def rename(old: fx.Graph, ends: dict[fx.Node, str]) -> fx.Graph:
 
     `ends` names the placeholders.
     """
-    writer, env = Writer(), {}
+    writer = Writer()
+    env: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         if node.op == "output":
