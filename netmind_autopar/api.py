@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .arguments import check_model, check_plan_mesh, parse_memory, running_mesh
+from .arguments import check_model, check_plan_mesh, mesh_or_devices, parse_memory, running_mesh
 from .costs.device import default_cluster, make_mesh
 from .ir import flags
 from .ir.errors import UnknownOpError
@@ -25,6 +25,10 @@ from .rules.call import call_of
 from .rules.learnt import share
 from .runtime.agree import all_alike, from_rank_zero, together
 from .runtime.module import Executable, ParallelModule
+from .solver.baselines import solve_baseline
+from .solver.meshes import Devices, search_meshes
+from .solver.pins import Pin
+from .solver.recipes import Baseline
 from .solver.solve import solve
 from .tracer.capture import capture
 from .tracer.hash import graph_hash
@@ -35,12 +39,15 @@ Progress = Callable[[str], None]
 def plan(
     model: nn.Module,
     sample_inputs: Any,
-    mesh: str | Mesh | DeviceMesh,
+    mesh: str | Mesh | DeviceMesh | None = None,
     *,
+    devices: int | None = None,
     cluster: str | None = None,
     memory: str | int | None = None,
     optimizer: str = "adamw",
-    pins: Mapping[str, str | Sequence[str]] | None = None,
+    pins: Mapping[str, Pin] | None = None,
+    forbid: Mapping[str, Pin] | None = None,
+    baseline: Baseline | None = None,
     inputs: Literal["global", "local"] = "global",
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
@@ -53,23 +60,28 @@ def plan(
 ) -> Plan:
     """Decide how `model` runs on `mesh`; needs no process group, no accelerator and no weights.
 
-    sample_inputs: a tensor, tuple or dict of tensors with global shapes. mesh: "dp=4,tp=8", a DeviceMesh or a Mesh.
-    cluster: a preset or a profile file; the present machine when None. memory: bytes or "70GiB" per device; the device's own
-    when None. pins: {"lm_head.weight": "S(0)"} fixes parameters. outputs: names to keep, all when None. mode: "inference" plans forward
-    alone. random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
+    sample_inputs: a tensor, tuple or dict of tensors with global shapes. mesh: "dp=4,tp=8", a DeviceMesh or a Mesh. devices: instead of
+    a mesh, so many devices of the cluster on the best mesh; `Plan.alternatives` lists the others. cluster: a preset or a profile
+    file; the present machine when None. memory: bytes or "70GiB" per device; the device's own when None. pins: {"lm_head.weight":
+    "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
+    (docs/baselines.md). outputs: names to keep, all when None. mode: "inference" plans forward alone. random_costs: a seed; prices are
+    then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """
     say = progress or (lambda _: None)
     start = time.process_time()
+    where = mesh_or_devices(mesh, devices, cluster)
     say("capturing the model")
     program = _capture(model, sample_inputs, outputs, differentiable, mode)
     found = plan_program(
         program,
-        make_mesh(mesh, cluster or default_cluster()),
+        where,
         say,
         memory=memory,
+        baseline=baseline,
         optimizer=optimizer,
         pins=pins,
+        forbid=forbid,
         inputs=inputs,
         random_costs=random_costs,
         time_limit=time_limit,
@@ -89,7 +101,9 @@ def autoparallelize(
     cluster: str | None = None,
     memory: str | int | None = None,
     optimizer: str = "adamw",
-    pins: Mapping[str, str | Sequence[str]] | None = None,
+    pins: Mapping[str, Pin] | None = None,
+    forbid: Mapping[str, Pin] | None = None,
+    baseline: Baseline | None = None,
     inputs: Literal["global", "local"] = "global",
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
@@ -115,8 +129,8 @@ def autoparallelize(
         why="every rank must build the same model and sample inputs",
         try_="seed and configure all ranks alike",
     )
-    options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "inputs": inputs, "random_costs": random_costs}
-    options |= {"time_limit": time_limit, "gap": gap, "strict": strict}
+    options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
+    options |= {"baseline": baseline, "random_costs": random_costs, "time_limit": time_limit, "gap": gap, "strict": strict}
 
     def decide() -> str:
         if plan is not None:
@@ -156,15 +170,34 @@ def _capture(
 
 
 def plan_program(
-    program: Program, mesh: Mesh, say: Progress, *, memory: str | int | None = None, strict: bool = False, **options: Any
+    program: Program,
+    where: Mesh | Devices,
+    say: Progress,
+    *,
+    memory: str | int | None = None,
+    baseline: Baseline | None = None,
+    strict: bool = False,
+    time_limit: float = 60.0,
+    **options: Any,
 ) -> Plan:
     """`plan` for a model that is captured already; options as there. `say` hears what is being done."""
     say("reading the sharding rules")
     rules = bind_program(program)
     if strict:
         _refuse_unknown(program, rules)
-    say("choosing shardings")
-    found = solve(program, rules, mesh, graph_hash=graph_hash(program), cluster=mesh.cluster, memory_limit=parse_memory(memory), **options)
+    known = {"graph_hash": graph_hash(program), "memory_limit": parse_memory(memory), **options}
+
+    def decide(mesh: Mesh, seconds: float) -> Plan:
+        if baseline is not None:
+            return solve_baseline(program, rules, mesh, baseline, cluster=mesh.cluster, time_limit=seconds, **known)
+        return solve(program, rules, mesh, cluster=mesh.cluster, time_limit=seconds, **known)
+
+    if isinstance(where, Devices):
+        shared = {k: options[k] for k in ("optimizer", "inputs", "random_costs", "gap") if k in options}
+        found = search_meshes(program, rules, where, decide, time_limit=time_limit, bounds=baseline is None, say=say, **shared)
+    else:
+        say("choosing shardings")
+        found = decide(where, time_limit)
     flags.debug(1, found.dumps())
     flags.debug(2, "\n".join([str(found.cost), *map(str, found.collectives), *map(str, found.replicated)]))
     flags.dump("graph.txt", str(program.graph))

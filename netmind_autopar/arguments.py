@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .costs.device import default_cluster, make_mesh
 from .ir.errors import InputError, MeshError, PlanError
-from .ir.mesh import parse_axes
+from .ir.mesh import Mesh, parse_axes
 from .ir.plan import Plan
+from .solver.meshes import Devices
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -26,6 +29,21 @@ def parse_memory(value: str | int | None) -> int | None:
     if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
         raise InputError(f"cannot read the memory limit {value!r}", why="a limit is a positive number with a unit", try_='memory="70GiB"')
     return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def mesh_or_devices(mesh: Any, devices: int | None, cluster: str | None) -> Mesh | Devices:
+    """The mesh to plan for, or the devices whose mesh is to be found. Raises InputError unless exactly one of both is given."""
+    if (mesh is None) == (devices is None):
+        raise InputError(
+            "no mesh is given" if mesh is None else "a mesh and a number of devices are given",
+            why="a plan is for one mesh, or for the best of all meshes of a number of devices",
+            try_='mesh="dp=2,tp=4", or devices=8',
+        )
+    if devices is None:
+        return make_mesh(mesh, cluster or default_cluster())
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise InputError(f"devices={devices!r} is no number of devices", try_="devices=8")
+    return Devices(devices, cluster or default_cluster())
 
 
 def check_model(model: object) -> nn.Module:

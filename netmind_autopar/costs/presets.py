@@ -172,6 +172,7 @@ CLUSTERS: dict[str, Cluster] = {
     "a100-80": Cluster("a100-80", 8, _NVLINK3, _IB200),
     "a100-pcie": Cluster("a100-80", 8, _PCIE4, _IB400_SHARED),
     "h100-sxm": Cluster("h100-sxm", 8, _NVLINK4, _IB400),
+    "dgx-h100": Cluster("h100-sxm", 8, _NVLINK4, _IB400),  # NVIDIA DGX H100 datasheet: eight ConnectX-7, one per device
     "h100-pcie": Cluster("h100-pcie", 8, _PCIE5, _IB400_SHARED),
     "h200": Cluster("h200", 8, _NVLINK4, _IB400),
     "b200": Cluster("b200", 8, _NVLINK5, _IB400),

@@ -51,7 +51,9 @@ class Entry:
         """Raises PlanError when `text` is no entry."""
         found = _ENTRY.fullmatch(text)
         if not found:
-            raise PlanError(f"cannot read the entry {text!r}", where="recompute, regather or offload", try_='a name as in choices, or "name[:12]"')
+            raise PlanError(
+                f"cannot read the entry {text!r}", where="recompute, regather or offload", try_='a name as in choices, or "name[:12]"'
+            )
         return cls(found["name"], int(found["first"]) if found["first"] else None, found["tier"] or "host")
 
     def __str__(self) -> str:
@@ -126,8 +128,19 @@ class Replicated(_Part):
     why: str = ""
 
 
+class Alternative(_Part):
+    """One mesh of a search: planned, ruled out by its bound, too small in memory, or not tried because the time was over."""
+
+    mesh: str
+    status: Literal["planned", "ruled out", "does not fit", "not planned", "not tried"]
+    step_s: Seconds | None = None
+    bound_s: Seconds = 0.0
+    peak_bytes: Bytes | None = None
+    why: str = ""
+
+
 class Plan(_Part):
-    """What the solver decided and what it proved. `solve_s` is a measurement, so it is not part of the file."""
+    """What the solver decided and what it proved. `solve_s` and `alternatives` tell how it was found and are not part of the file."""
 
     format: Literal["netmind-autopar-plan"] = "netmind-autopar-plan"
     version: Literal[1] = 1
@@ -152,6 +165,7 @@ class Plan(_Part):
     solver: str = ""
     random_costs: int | None = None
     _solve_s: float = PrivateAttr(default=0.0)
+    _alternatives: tuple[Alternative, ...] = PrivateAttr(default=())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.dumps() == other.dumps()
@@ -168,6 +182,17 @@ class Plan(_Part):
         """The same plan, with `solve_s` set."""
         out = self.model_copy()
         out._solve_s = seconds
+        return out
+
+    @property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """All meshes that were looked at, the best first, when a search over meshes found this plan; none for a loaded plan."""
+        return self._alternatives
+
+    def beside(self, alternatives: tuple[Alternative, ...]) -> Plan:
+        """The same plan, with `alternatives` set."""
+        out = self.model_copy()
+        out._alternatives = alternatives
         return out
 
     @property

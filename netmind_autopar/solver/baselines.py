@@ -29,6 +29,7 @@ from ..ir.program import Program
 from ..rules.algebra import LINEAR, NONE, Rule
 from .build import Built, Kind, build
 from .conversions import uses, value_name
+from .pins import Pin, pinned
 from .presolve import Kept
 from .problem import evaluate
 from .recipes import Baseline, Recipe, axis_recipes
@@ -49,6 +50,8 @@ def solve_baseline(
     cluster: str = "custom",
     memory_limit: int | None = None,
     optimizer: str = "adamw",
+    pins: Mapping[str, Pin] | None = None,
+    forbid: Mapping[str, Pin] | None = None,
     inputs: Literal["global", "local"] = "global",
     random_costs: int | None = None,
     time_limit: float = 60.0,
@@ -68,7 +71,7 @@ def solve_baseline(
     for regather in _regathers(program, rules, recipes, roles):
         options = {"states": optimizer_states(optimizer), "inputs": inputs, "random_costs": random_costs}
         built = build(program, rules, mesh, conversions, limit_bytes=limit, regather=regather, **options)  # type: ignore[arg-type]
-        allowed = restricted(built, roles, recipes)
+        allowed = _both(built, restricted(built, roles, recipes), pinned(program, built, mesh, pins or {}, forbid or {}))
         found = solve_problem(built.problem, allowed=allowed, time_limit=max(deadline - time.monotonic(), 1.0), gap=gap)
         if found.choice is not None and found.seconds < math.inf:
             made = assemble(
@@ -95,6 +98,17 @@ def solve_baseline(
         why="what a recipe fixes cannot be changed to save memory",
         try_="another recipe, more devices, a smaller batch, or a plan without baseline=",
     )
+
+
+def _both(built: Built, allowed: Kept, fixed: Kept | None) -> Kept:
+    """What the baseline and the user's pins leave. Raises InputError when they contradict each other."""
+    if fixed is None:
+        return allowed
+    out = tuple(tuple(k for k in ks if k in pin) for ks, pin in zip(allowed, fixed, strict=True))
+    for kind, ks in zip(built.kinds, out, strict=True):
+        if not ks:
+            raise InputError(f"the pins and the baseline disagree about {kind.name!r}", where="pins=, forbid=", try_="drop one of them")
+    return out
 
 
 def check_applies(roles: Roles, recipes: Sequence[Recipe], mesh: Mesh) -> None:
