@@ -26,6 +26,7 @@ OK, DIFFERS, BAD_INPUT, DEFECT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 EXAMPLES = """examples:
   netmind-autopar plan examples/gpt2.py --mesh dp=2,tp=4 --cluster h100-sxm --memory 70GiB --json plan.json
   netmind-autopar plan --hf config.json --batch 8 --seq 1024 --mesh dp=4,tp=8 --cluster h100-sxm
+  netmind-autopar plan --hf config.json --batch 64 --devices 64 --cluster dgx-h100 --compare
   netmind-autopar explain plan.json examples/gpt2.py
   netmind-autopar verify examples/gpt2.py --plan plan.json --steps 3
 """
@@ -93,13 +94,24 @@ def _model_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _plan_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--mesh", required=True, metavar="MESH", help="axes and sizes, outermost first: dp=2,tp=4")
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--mesh", metavar="MESH", help="axes and sizes, outermost first: dp=2,tp=4")
+    which.add_argument("--devices", type=_positive, metavar="N", help="instead of a mesh: find the best one of so many devices")
     sub.add_argument("--cluster", metavar="NAME", help="a preset (see `clusters`) or a profile file; without it, this machine")
     sub.add_argument("--memory", metavar="SIZE", help="the most one device may hold: 70GiB; without it, what the device has")
     sub.add_argument("--optimizer", default="adamw", metavar="NAME", help="whose state is counted (adamw)")
     sub.add_argument(
         "--pin", action="append", default=[], metavar="NAME=PLACEMENTS", help="fix a parameter's placements: wte.weight=S(0),R"
     )
+    sub.add_argument(
+        "--forbid",
+        action="append",
+        default=[],
+        metavar="NAME=PLACEMENTS",
+        help="placements that a parameter must not have: wte.weight=S(0)",
+    )
+    sub.add_argument("--baseline", metavar="RECIPES", help="plan by hand-made recipes instead: fsdp+megatron-tp (see docs/baselines.md)")
+    sub.add_argument("--compare", action="store_true", help="plan every usual baseline on the same mesh too, and show a table")
     sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
@@ -142,54 +154,56 @@ def _load(args: argparse.Namespace, *, meta: bool) -> modelfile.Loaded:
     return modelfile.load_file(args.file, meta=meta)
 
 
-def _pins(texts: Sequence[str]) -> dict[str, str] | None:
-    """`["wte.weight=S(0),R"]` → `{"wte.weight": "S(0),R"}`."""
+def _pins(texts: Sequence[str], option: str) -> dict[str, str] | None:
+    """`["wte.weight=S(0),R"]` → `{"wte.weight": "S(0) R"}`."""
     pins = {}
     for text in texts:
         name, equals, placements = text.partition("=")
         if not (name and equals and placements):
             raise InputError(
-                f"cannot read the pin {text!r}",
-                why="a pin is a parameter's name, '=' and one placement per mesh axis",
-                try_="--pin 'wte.weight=S(0),R'",
+                f"cannot read the pin {text!r}" if option == "--pin" else f"cannot read {option} {text!r}",
+                why="it is a parameter's name, '=' and placements with commas between them" + ", one per axis" * (option == "--pin"),
+                try_=f"{option} 'wte.weight=S(0),R'",
             )
-        pins[name] = placements
+        pins[name] = placements.replace(",", " ")
     return pins or None
 
 
 def run_plan(args: argparse.Namespace) -> int:
     from . import api
-    from .costs.device import default_cluster, make_mesh
+    from .arguments import mesh_or_devices, parse_memory
+    from .costs.device import make_mesh
     from .rules.bind import bind_program, learnt_rules
+    from .solver.baselines import compare_baselines
     from .solver.explain import class_rows
     from .tracer.capture import capture
 
-    pins = _pins(args.pin)
+    pins, forbid = _pins(args.pin, "--pin"), _pins(args.forbid, "--forbid")
+    compared: Sequence[Any] = ()
     with _progress() as progress:
         progress("building the model")
         loaded = _load(args, meta=True)
         start = time.process_time()
-        mesh = make_mesh(args.mesh, args.cluster or default_cluster())
+        where = mesh_or_devices(args.mesh, args.devices, args.cluster)
         progress("capturing the model")
         program = capture(loaded.model, loaded.inputs, mode=args.mode)
-        found = api.plan_program(  # as api.plan does, but the program is still needed for the report
-            program,
-            mesh,
-            progress,
-            memory=args.memory,
-            optimizer=args.optimizer,
-            pins=pins,
-            random_costs=args.random_costs,
-            time_limit=args.time_limit,
-            gap=args.gap,
-            strict=args.strict,
-            inputs="global",
-        ).timed(time.process_time() - start)
-        rows, learnt = class_rows(program, bind_program(program), found), learnt_rules(program)
+        solving = {"optimizer": args.optimizer, "pins": pins, "forbid": forbid, "random_costs": args.random_costs, "inputs": "global"}
+        solving |= {"time_limit": args.time_limit, "gap": args.gap}
+        # as api.plan does, but the program is still needed for the report
+        found = api.plan_program(program, where, progress, memory=args.memory, baseline=args.baseline, strict=args.strict, **solving).timed(
+            time.process_time() - start
+        )
+        rules = bind_program(program)
+        rows, learnt = class_rows(program, rules, found), learnt_rules(program)
+        if args.compare:
+            progress("planning the baselines")
+            mesh = make_mesh(",".join(f"{a.name}={a.size}" for a in found.mesh), found.cluster)
+            solving |= {"memory_limit": parse_memory(args.memory), "graph_hash": found.graph_hash, "cluster": found.cluster}
+            compared = [c.row for c in compare_baselines(program, rules, mesh, **solving)]
     if args.json:
         found.save(args.json)
     parameters = report.parameter_rows(found, loaded.model.named_parameters())
-    _show(report.plan_report(found, loaded.title, parameters, rows, learnt=learnt, show_all=args.all))
+    _show(report.plan_report(found, loaded.title, parameters, rows, learnt=learnt, compared=compared, show_all=args.all))
     return OK
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from .costs.device import ClusterProfile
 from .ir.mesh import Mesh
-from .ir.plan import Cost, Plan
+from .ir.plan import Alternative, Cost, Plan
 from .ir.spec import Partial, Placement, Replicate, Shard, local_bytes, local_shape, plain
 from .solver.explain import ClassRow, ConversionRow
 
@@ -123,10 +124,14 @@ def plan_report(
     sent: Sequence[ConversionRow] = (),
     *,
     learnt: Sequence[tuple[str, str]] = (),
+    compared: Sequence[Alternative] = (),
     show_all: bool = False,
 ) -> Group:
-    """The whole report. learnt: (op, rule) of ops that no table lists. `show_all` adds every choice of the plan file and whole tables."""
-    parts: list[RenderableType] = [_header(plan, title), Text(), _time(plan.cost), Text(), _memory(plan)]
+    """The whole report. learnt: (op, rule) of unlisted ops. compared: baselines on the mesh. `show_all`: whole tables, every choice."""
+    parts: list[RenderableType] = [_header(plan, title)]
+    parts += [Text(), _rivals("Meshes", "mesh", plan, plan.alternatives)] if plan.alternatives else []
+    parts += [Text(), _rivals("Baselines on this mesh", "baseline", plan, compared)] if compared else []
+    parts += [Text(), _time(plan.cost), Text(), _memory(plan)]
     parts += [Text(), _parameters(plan, parameters, show_all)] if parameters else []
     parts += [Text(), _work(plan, work, show_all)] if work else []
     parts += [Text(), _collectives(plan)]
@@ -154,9 +159,7 @@ def _section(title: str, table: Table, hidden: int = 0) -> Group:
 
 def _header(plan: Plan, title: str) -> RenderableType:
     axes = " × ".join(f"{a.name} {a.size}" for a in plan.mesh)
-    devices = 1
-    for n in plan.sizes:
-        devices *= n
+    devices = math.prod(plan.sizes)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -179,6 +182,19 @@ def _proof(plan: Plan) -> list[tuple[str, str]]:
     rows = [("bound", f"no plan with equal blocks takes less than {seconds(plan.bound_s)}; gap {plan.gap:.2%}, {state}")]
     spent = f", {seconds(plan.solve_s)} of CPU with the capture" if plan.solve_s else ""
     return [*rows, ("solver", f"{plan.solver or 'no integer program was needed'}{spent}")]
+
+
+def _rivals(title: str, kind: str, plan: Plan, rows: Sequence[Alternative]) -> Group:
+    """Other meshes or baselines beside the plan; a time after ≥ is a bound."""
+    table = _table(kind, "step", "of the plan's", "memory", "", right="step,of the plan's,memory")
+    table.columns[0].no_wrap = True
+    for r in rows:
+        step = r.step_s or r.bound_s
+        time = ("" if r.step_s else "≥ ") + seconds(step) if step else ""
+        share = f"{step / plan.cost.step_s:.2f} ×" if step and plan.cost.step_s else ""
+        why = ": ".join(filter(None, (r.status * (r.status != "planned"), r.why)))
+        table.add_row(r.name, time, share, size(r.peak_bytes) if r.peak_bytes else "", Text(why, style="dim"))
+    return _section(title, table)
 
 
 def _bar(share: float) -> Text:
@@ -324,8 +340,7 @@ def diff_report(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Group 
     }
     for name, (left, right) in facts.items():
         table.add_row(name, left, Text(right, style="bold" if left != right else "dim"))
-    parts: list[RenderableType] = [table]
-    parts += _changes("Choices that differ", a.choices, b.choices, names)
+    parts: list[RenderableType] = [table, *_changes("Choices that differ", a.choices, b.choices, names)]
     sent = [{f"{c.kind} {c.axis} {c.phase}": f"{c.count} × , {size(c.bytes)}, {seconds(c.seconds)}" for c in p.collectives} for p in (a, b)]
     parts += _changes("Collectives that differ", sent[0], sent[1], names)
     return Group(*parts)
@@ -343,8 +358,7 @@ def _changes(title: str, a: Mapping[str, str], b: Mapping[str, str], names: tupl
 
 def mesh_report(mesh: Mesh) -> Group:
     """The axes of a mesh with their links, and the device."""
-    devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
-    title = f"{devices} of {mesh.cluster}: {mesh.device.name}, {size(mesh.device.memory_bytes)} each"
+    title = f"{mesh.size} device{'s' * (mesh.size > 1)} of {mesh.cluster}: {mesh.device.name}, {size(mesh.device.memory_bytes)} each"
     table = _table("axis", "size", "sends", "latency", right="size,sends,latency")
     for axis in mesh.axes:
         table.add_row(axis.name, str(axis.size), _rate(axis.bandwidth_bytes_s), seconds(axis.latency_s))

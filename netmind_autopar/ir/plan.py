@@ -129,10 +129,14 @@ class Replicated(_Part):
 
 
 class Alternative(_Part):
-    """One mesh of a search: planned, ruled out by its bound, too small in memory, or not tried because the time was over."""
+    """Another way to run the model, beside a plan: another mesh, or a baseline on the same mesh.
 
-    mesh: str
-    status: Literal["planned", "ruled out", "does not fit", "not planned", "not tried"]
+    ruled out: its bound is no better than the plan. does not fit: `step_s` and `peak_bytes` are those without a limit, where known.
+    no place: the model, or its sizes, leave none.
+    """
+
+    name: str
+    status: Literal["planned", "ruled out", "does not fit", "no place", "not planned", "not tried"]
     step_s: Seconds | None = None
     bound_s: Seconds = 0.0
     peak_bytes: Bytes | None = None

@@ -18,13 +18,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..costs.comm import Conversions
 from ..costs.memory import optimizer_states
 from ..ir.errors import InfeasibleError, InputError, SolverError
 from ..ir.mesh import Mesh
-from ..ir.plan import ALL, Plan
+from ..ir.plan import ALL, Alternative, Plan
 from ..ir.program import Program
 from ..rules.algebra import LINEAR, NONE, Rule
 from .build import Built, Kind, build
@@ -32,11 +32,12 @@ from .conversions import uses, value_name
 from .pins import Pin, pinned
 from .presolve import Kept
 from .problem import evaluate
-from .recipes import Baseline, Recipe, axis_recipes
+from .recipes import RECIPES, Baseline, Recipe, axis_recipes
 from .roles import Roles, roles_of
 from .search import solve_problem
 from .solve import assemble
 
+NO_LIMIT = 1 << 62  # bytes
 ATTENTION = ("autopar.attention.default", "autopar.attention_backward.default")
 
 
@@ -100,6 +101,46 @@ def solve_baseline(
     )
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One baseline on one mesh: a row for a table, and its plan, also when that does not fit."""
+
+    row: Alternative
+    plan: Plan | None = None
+
+
+def usual(mesh: Mesh) -> tuple[str, ...]:
+    """The baselines that people would try on a mesh: every recipe alone, and with several axes the products with data parallelism."""
+    if sum(axis.size > 1 for axis in mesh.axes) < 2:
+        return tuple(RECIPES)
+    data = [name for name, recipe in RECIPES.items() if recipe.work == "batch"]
+    model = [name for name, recipe in RECIPES.items() if recipe.work != "batch"]
+    return (*data, "ddp+fsdp", *(f"{a}+{b}" for a in data for b in model))
+
+
+def compare_baselines(
+    program: Program, rules: Mapping[str, Rule], mesh: Mesh, names: Sequence[str] | None = None, **options: Any
+) -> tuple[Compared, ...]:
+    """Plans of the named baselines (of all `usual` ones when None), in that order. Options as in `solve_baseline`."""
+    return tuple(_compared(program, rules, mesh, name, options) for name in (usual(mesh) if names is None else names))
+
+
+def _compared(program: Program, rules: Mapping[str, Rule], mesh: Mesh, name: str, options: Mapping[str, Any]) -> Compared:
+    status: Literal["planned", "does not fit"] = "planned"
+    try:
+        try:
+            plan = solve_baseline(program, rules, mesh, name, **options)
+        except InfeasibleError:
+            status = "does not fit"
+            plan = solve_baseline(program, rules, mesh, name, **{**options, "memory_limit": NO_LIMIT})
+    except SolverError as e:
+        return Compared(Alternative(name=name, status="not planned", why=e.what))
+    except InputError as e:
+        return Compared(Alternative(name=name, status="no place", why=e.why or e.what))
+    row = Alternative(name=name, status=status, step_s=plan.cost.step_s, bound_s=plan.bound_s, peak_bytes=plan.cost.peak_bytes)
+    return Compared(row, plan)
+
+
 def _both(built: Built, allowed: Kept, fixed: Kept | None) -> Kept:
     """What the baseline and the user's pins leave. Raises InputError when they contradict each other."""
     if fixed is None:
@@ -127,31 +168,30 @@ def check_applies(roles: Roles, recipes: Sequence[Recipe], mesh: Mesh) -> None:
             _divides(name, "the batch", roles.batch_size, n, mesh)
         if what == "tensor":
             if not roles.pairs:
-                raise _no_place(name, "no weight makes a feature dim that another weight sums over")
+                raise _no_place(name, "no weight makes a feature dim that another weight sums over", "another recipe", mesh)
             for c in sorted(roles.pairs):
                 _divides(name, "attention heads" if c in roles.heads else "a hidden dim", roles.sizes[c], n, mesh)
         if what == "sequence-heads":
             if not roles.heads:
-                raise _no_place(name, "it has no attention")
+                raise _no_place(name, "the model has no attention", "another recipe", mesh)
             _divides(name, "attention heads", min(roles.sizes[c] for c in roles.heads), n, mesh)
         if what == "sequence-heads" or "megatron-tp-sp" in names:
             longest = max((roles.sizes[c] for c in roles.sequence), default=0)
             if longest < n:
-                raise _no_place(name, f"its sequence of {longest} is shorter than the {n} devices" if longest else "it has no sequence")
+                why = f"a sequence of {longest} is shorter than {n} devices" if longest else "the model has no sequence"
+                raise _no_place(name, why, "another recipe", mesh)
 
 
 def _divides(name: str, what: str, size: int, n: int, mesh: Mesh) -> None:
     if size % n:
-        raise InputError(
-            f"the baseline {name!r} splits {what} of {size} over {n} devices, which does not divide",
-            where=f"the mesh {mesh}",
-            why="the frameworks that this recipe is from refuse it too",
-            try_=f"an axis of {math.gcd(size, n)}" if math.gcd(size, n) > 1 else "another recipe or mesh",
+        common = math.gcd(size, n)
+        raise _no_place(
+            name, f"{what} of {size} over {n} devices does not divide", f"an axis of {common}" if common > 1 else "another recipe", mesh
         )
 
 
-def _no_place(name: str, why: str) -> InputError:
-    return InputError(f"the model has no place for the baseline {name!r}", why=why, try_="another recipe")
+def _no_place(name: str, why: str, try_: str, mesh: Mesh) -> InputError:
+    return InputError(f"the baseline {name!r} has no place here", where=f"this model on the mesh {mesh}", why=why, try_=try_)
 
 
 def restricted(built: Built, roles: Roles, recipes: Sequence[Recipe]) -> Kept:

@@ -144,7 +144,7 @@ def search_meshes(
     search.run([judge(mesh) for mesh in small])
     for mesh in meshes[len(small) :]:
         if time.monotonic() > deadline:
-            search.rows.append(Alternative(mesh=str(mesh), status="not tried", why="the time was over"))
+            search.rows.append(Alternative(name=str(mesh), status="not tried", why="the time was over"))
         else:
             search.run([judge(mesh)])
     return search.result()
@@ -166,11 +166,9 @@ class _Search:
             left = self.deadline - time.monotonic()
             name = str(e.mesh)
             if self.best is not None and e.bound_s > 0 and e.bound_s >= self.best.cost.step_s * (1 - self.gap):
-                self.rows.append(
-                    Alternative(mesh=name, status="ruled out", bound_s=e.bound_s, why="its bound is no better than the best plan")
-                )
+                self.rows.append(Alternative(name=name, status="ruled out", bound_s=e.bound_s))
             elif left <= 0 and self.best is not None:
-                self.rows.append(Alternative(mesh=name, status="not tried", bound_s=e.bound_s, why="the time was over"))
+                self.rows.append(Alternative(name=name, status="not tried", bound_s=e.bound_s, why="the time was over"))
             else:
                 self.say(f"planning the mesh {name}, {len(self.rows) + 1} of {self.total}")
                 self.rows.append(self.plan(e, max(left / 2, LEAST_S)))
@@ -182,16 +180,18 @@ class _Search:
             found = self.solve(e.mesh, time_limit)
         except (InfeasibleError, SolverError, InputError) as error:
             self.error = error
-            status = "does not fit" if isinstance(error, InfeasibleError) else "not planned"
-            return Alternative(mesh=name, status=status, bound_s=e.bound_s, why=error.what)  # type: ignore[arg-type]
+            status = (
+                "does not fit" if isinstance(error, InfeasibleError) else "no place" if isinstance(error, InputError) else "not planned"
+            )
+            return Alternative(name=name, status=status, bound_s=e.bound_s, why=error.what)  # type: ignore[arg-type]
         if self.best is None or found.cost.step_s < self.best.cost.step_s:
             self.best = found
         return Alternative(
-            mesh=name, status="planned", step_s=found.cost.step_s, bound_s=max(e.bound_s, found.bound_s), peak_bytes=found.cost.peak_bytes
+            name=name, status="planned", step_s=found.cost.step_s, bound_s=max(e.bound_s, found.bound_s), peak_bytes=found.cost.peak_bytes
         )
 
     def result(self) -> Plan:
         if self.best is None:
             raise self.error or SolverError("no mesh has a plan")
-        rows = sorted(self.rows, key=lambda r: (r.step_s is None, r.step_s or 0.0, r.bound_s, r.mesh))
+        rows = sorted(self.rows, key=lambda r: (r.step_s is None, r.step_s or 0.0, r.bound_s, r.name))
         return self.best.beside(tuple(rows))
