@@ -92,6 +92,11 @@ BAD_ARGUMENTS = {
     "missing file": (["plan", "nowhere.py", "--mesh", "dp=2"], "no file nowhere.py"),
     "not Python": (["plan", str(EXAMPLES.parent / "README.md"), "--mesh", "dp=2"], "not a Python file"),
     "unknown factory": (["plan", str(EXAMPLES / "mlp.py") + ":huge", "--mesh", "dp=2"], "no function huge()"),
+    "mesh and devices": (["plan", MLP, "--mesh", "dp=2", "--devices", "2"], "--devices"),
+    "no devices": (["plan", MLP, "--devices", "0", "--cluster", "h100-sxm"], "--devices"),
+    "unknown baseline": (["plan", MLP, "--mesh", "dp=2", "--cluster", "h100-sxm", "--baseline", "magic"], "unknown baseline 'magic'"),
+    "prohibition without a value": (["plan", MLP, "--mesh", "dp=2", "--forbid", "weight"], "cannot read --forbid"),
+    "prohibition of nothing": (["plan", MLP, "--mesh", "dp=2", "--cluster", "h100-sxm", "--forbid", "no.weight=R"], "no.weight"),
     "mesh text": (["plan", MLP, "--mesh", "2x4", "--cluster", "h100-sxm"], "cannot read the mesh"),
     "mesh of nothing": (["plan", MLP, "--mesh", "", "--cluster", "h100-sxm"], "cannot read the mesh"),
     "axis twice": (["plan", MLP, "--mesh", "dp=2,dp=2", "--cluster", "h100-sxm"], "named twice"),
@@ -228,6 +233,36 @@ def test_pin_is_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     argv = ["plan", MLP, "--mesh", "tp=2", "--cluster", "h100-sxm", "--pin", "layers.1.weight=S(1)", "--json", str(tmp_path / "p.json")]
     assert cli.main(argv) == 0
     assert re.search(r"layers\.1\.weight +32×32 +columns over tp +32×16 ", capsys.readouterr().out)
+
+
+def test_more_pins_than_one_axis_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["plan", MLP, "--mesh", "dp=2,tp=2", "--cluster", "h100-sxm"]
+    assert cli.main([*base, "--pin", "layers.1.weight=R,S(1)"]) == 0
+    assert re.search(r"layers\.1\.weight +32×32 +columns over tp +32×16 ", capsys.readouterr().out)
+    assert cli.main([*base, "--forbid", "layers.1.weight=R,S(1)"]) == 0
+    assert re.search(r"layers\.1\.weight +32×32 +rows over dp × tp +8×32 ", capsys.readouterr().out)
+
+
+def test_the_best_mesh_is_shown_beside_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", MLP, "--devices", "4", "--cluster", "dgx-h100", "--json", str(tmp_path / "p.json")]) == 0
+    found = Plan.load(tmp_path / "p.json")
+    out = capsys.readouterr().out
+    assert "Meshes\n" in out and "on 4 devices" in out and found.cluster == "dgx-h100"
+    rows = re.search(r"Meshes\n.*\n─+\n((?:dp.*\n)+)", out)
+    assert rows and sorted(line.split()[0] for line in rows[1].splitlines()) == ["dp=2,tp=2", "dp=4"]
+    assert rows[1].startswith(str(found.links())) and "1.00 ×" in rows[1].splitlines()[0]
+
+
+def test_baselines_are_planned_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["plan", MLP, "--mesh", "dp=2,tp=2", "--cluster", "h100-sxm"]
+    assert cli.main([*base, "--baseline", "fsdp", "--json", str(tmp_path / "p.json")]) == 0
+    assert "rows over dp × tp" in capsys.readouterr().out
+    assert cli.main(["verify", MLP, "--plan", str(tmp_path / "p.json")]) == 0
+    capsys.readouterr()
+    assert cli.main([*base, "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"Baselines on this mesh\n.*\n─+\nddp +[\d.]+ µs +[\d.]+ × ", out)
+    assert re.search(r"ddp\+ulysses +no place: the", out) and "zero1+megatron-tp" in out
 
 
 def test_hf_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
