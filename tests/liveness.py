@@ -26,6 +26,7 @@ from netmind_autopar.ir.plan import Memory, Plan
 from netmind_autopar.ir.program import Program, is_getitem, tensor_args
 from netmind_autopar.ir.spec import Spec, local_bytes, local_shape, parse_spec
 from netmind_autopar.runtime.collectives import Stage, bucket, bucket_stage, move, stage
+from netmind_autopar.runtime.offload import MARKS
 
 
 class Storages(TorchDispatchMode):
@@ -114,7 +115,7 @@ class _Walk:
             return unbundle(_carried(step, step.pack([env[t] for t in tensors]), self.sizes))  # type: ignore[union-attr, index]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         args, kwargs = resolve((args, kwargs), self.sizes, self.coord)
-        if any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
+        if node.target not in MARKS and any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
             kwargs = {**kwargs, "device": "meta"}
         return node.target(*args, **kwargs)  # type: ignore[operator]
 

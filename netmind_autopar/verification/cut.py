@@ -76,7 +76,7 @@ class _Cutter:
         return Wanted(node.name, index, str(self._spec(node, index)))
 
     def _spec(self, node: fx.Node, index: int) -> Spec:
-        spec = self.lowered.specs[node.name]
+        spec = self.lowered.specs.get(node.name) or self.lowered.specs[f"{node.name}_again"]  # one that runs in backward alone
         found = spec[index] if isinstance(spec, tuple) else spec
         assert found is not None
         return replace(found, dtype=self._value(node, index).dtype)
