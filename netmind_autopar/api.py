@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .arguments import check_model, check_plan_mesh, mesh_or_devices, parse_memory, running_mesh
 from .costs.device import default_cluster, make_mesh
 from .ir import flags
+from .ir.collector import collector_off
 from .ir.errors import UnknownOpError
 from .ir.mesh import Mesh
 from .ir.plan import Plan
@@ -36,6 +37,7 @@ from .tracer.hash import graph_hash
 Progress = Callable[[str], None]
 
 
+@collector_off()
 def plan(
     model: nn.Module,
     sample_inputs: Any,
@@ -169,6 +171,7 @@ def _capture(
     return capture(check_model(model), sample_inputs, outputs=kept, differentiable=wanted, mode=mode)
 
 
+@collector_off()
 def plan_program(
     program: Program,
     where: Mesh | Devices,

@@ -134,7 +134,21 @@ class Shortcut(Stack):
         return self.last(x + before).square().mean()
 
 
-@pytest.mark.parametrize("make", [Stack, sequence, Residual, Shortcut], ids=lambda f: f.__name__)
+class Functions(Stack):
+    """A gradient written by hand in every block: backward is run."""
+
+    def step(self, i: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return Halved.apply(block(x), [0.5])
+
+
+class Hooked(Stack):
+    def step(self, i: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = block(x)
+        x.register_hook(torch.sin)
+        return x
+
+
+@pytest.mark.parametrize("make", [Stack, sequence, Residual, Shortcut, Functions, Hooked], ids=lambda f: f.__name__)
 def test_models_by_hand(make: Callable[[], nn.Module], how: list[str]) -> None:
     torch.manual_seed(0)
     model, x = make().double(), torch.randn(5, 4).double()
@@ -256,8 +270,52 @@ def numbered(self: Stack, i: int, block: nn.Module, x: torch.Tensor) -> torch.Te
     return block(x) * (1.0 + block.number)
 
 
+class Halved(torch.autograd.Function):
+    """The same ops in forward, another gradient for some."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: list[float]) -> torch.Tensor:
+        ctx.factor = factor
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] * ctx.factor[0], None
+
+
+@loop
+def function(self: Stack, i: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return Halved.apply(block(x), [0.5 if i == 5 else 2.0])
+
+
+@loop
+def once(self: Stack, i: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return Halved.apply(block(x), [2.0]) if i == 5 else block(x) * 2.0
+
+
+@loop
+def node_hook(self: Stack, i: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = block(x)
+    if i == 5:
+        x.grad_fn.register_hook(lambda grads, _: (grads[0] * 2, *grads[1:]))
+    return x
+
+
+@loop
+def saved(self: Stack, i: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if i != 5:
+        return block(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * 2):
+        return block(x)
+
+
+@loop
+def cut_off(self: Stack, i: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return block(x.data if i == 5 else x)
+
+
 DIFFERENT = [width, attribute, more, evaluated, frozen, shared, outside, hook, renamed]
-TREATED = [skipped, scaled, depth, twice, constant, backwards, idle, far, numbered]
+TREATED = [skipped, scaled, depth, twice, constant, backwards, idle, far, numbered, function, once, node_hook, saved, cut_off]
 
 
 @pytest.mark.parametrize("make", DIFFERENT, ids=lambda f: f.__name__)

@@ -8,13 +8,13 @@ The user's module is never touched: a copy whose tensors are fake is traced. No 
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
+from ..ir.collector import collector_off
 from ..ir.errors import AutoparError, CaptureError, InputError
 from ..ir.program import Program
 from . import clone, repeat, torch_private
@@ -116,14 +116,8 @@ def _names(value: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
 def _plain_torch() -> Iterator[None]:
     """Gradients on, the CPU as default device, no modes of the caller's: what is captured depends on the arguments alone."""
     device = torch.device("cpu") if torch.get_default_device().type != "cpu" else contextlib.nullcontext()
-    collecting = gc.isenabled()
-    gc.disable()  # a trace makes millions of objects that stay: looking through them again and again costs an eighth of the time
-    try:
-        with torch_private.no_modes(), torch.inference_mode(False), torch.enable_grad(), device, eager_masks():
-            yield
-    finally:
-        if collecting:
-            gc.enable()
+    with collector_off(), torch_private.no_modes(), torch.inference_mode(False), torch.enable_grad(), device, eager_masks():
+        yield
 
 
 class _Wrapper(nn.Module):

@@ -19,12 +19,16 @@ def graph_hash(program: Program) -> str:
     """
     numbers: dict[fx.Node, int] = {}
     lines: list[Any] = []
+    forms: dict[int, list[Any]] = {}  # nodes of repeated blocks share their fake tensors
     ends = program.placeholders()
     for i, node in enumerate(program.graph.nodes):
         numbers[node] = i
         if node.op == "output":
             continue
-        shapes = [[list(v.shape), str(v.dtype)] if v is not None else None for v in values(node)]
+        val = id(node.meta["val"])
+        if val not in forms:
+            forms[val] = [[list(v.shape), str(v.dtype)] if v is not None else None for v in values(node)]
+        shapes = forms[val]
         if node.op == "placeholder":
             end = ends[node.name]
             lines.append(["in", end.role, end.name, end.index, shapes])
@@ -44,12 +48,15 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _plain(value: Any, numbers: dict[fx.Node, int]) -> Any:
     """An argument as JSON: nodes by number, devices left out."""
-    if isinstance(value, fx.Node):
+    kind = type(value)
+    if kind is fx.Node:
         return {"n": numbers[value]}
+    if kind is int or kind is bool or kind is str or value is None:
+        return value
     if isinstance(value, (list, tuple)):
         return [_plain(v, numbers) for v in value]
     if isinstance(value, dict):
         return {str(k): _plain(v, numbers) for k, v in sorted(value.items()) if k != "device"}
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, (int, str)):
         return value
     return repr(value) if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Run a model once on fake tensors, forward and backward, and write down every op: cheap, and enough to see what repeats.
+"""Run a model once on fake tensors, and write down every op and what backward does: cheap, and enough to see what repeats.
 
 Nothing is compiled or traced: the functions that the model calls, then the ops that eager mode runs for them, with what they take.
 The model's own code decides what happens with each block, so that a loop that treats one of them differently is seen.
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import clone, torch_private
+from . import clone, gradients, torch_private
 from .period import NoPeriod, Step
 from .signature import Call, Selection, flatten
 
@@ -53,7 +53,7 @@ def rehearse(model: nn.Module, path: str, call: Call, selection: Selection, spli
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         book.name(tensor, name)
     args, kwargs = call.arguments(list(tensors))
-    with mode, torch_private.recorder(book.run), _Calls(book):
+    with mode, torch_private.recorder(book.run), _Calls(book), torch_private.saving_hooks(book.interfere):
         result = model(*args, **kwargs)
     kept = selection.take(result)
     every = [tensor for _, tensor in flatten(result)[1]]
@@ -62,15 +62,20 @@ def rehearse(model: nn.Module, path: str, call: Call, selection: Selection, spli
         out.leaves.append((path_, *book.made_by(every[i])))
     carrying = [(name, t) for name, t in zip(selection.paths, kept, strict=True) if t.requires_grad]
     out.tangents = [name for name, _ in carrying]
-    wanted = [t for t in (*model.parameters(), *tensors) if t.requires_grad]
     if not carrying:
         return out
+    roots = [t for _, t in carrying]
+    nodes = gradients.reached(roots)
+    if not book.interferes and gradients.is_plain(nodes):
+        gradients.backward_steps(out.steps, book.times, roots, nodes, book.leaf)
+        return out
+    wanted = [t for t in (*model.parameters(), *tensors) if t.requires_grad]
     with mode:
         ones = [torch.ones_like(t) for _, t in carrying]
     for (name, _), one in zip(carrying, ones, strict=True):
         book.name(one, f"tangent {name}")
     with mode, torch_private.recorder(book.run):
-        torch.autograd.grad([t for _, t in carrying], wanted, ones, allow_unused=True)
+        torch.autograd.grad(roots, wanted, ones, allow_unused=True)
     return out
 
 
@@ -83,7 +88,7 @@ def _enter(out: Rehearsal, ends: list[int], number: int) -> None:
 class Memo:
     """What ops have returned, by op, arguments and the facts of tensors: each is worked out once for any number of blocks.
 
-    Only for ops that write nothing, whose results hold no known values: asked again, they would make the same fakes.
+    Only for ops of torch's own that write nothing, and whose results hold no known values: asked again, they would make the same fakes.
     """
 
     def __init__(self) -> None:
@@ -101,7 +106,7 @@ class Memo:
     def may_repeat(self, op: Any) -> bool:
         known = self.repeatable.get(op)
         if known is None:
-            plain = isinstance(op, torch._ops.OpOverload) and not op._schema.is_mutable
+            plain = isinstance(op, torch._ops.OpOverload) and op.namespace in ("aten", "prims") and not op._schema.is_mutable
             known = self.repeatable[op] = plain and not _VARYING & set(op.tags)
         return known
 
@@ -144,6 +149,8 @@ class _Book:
         self.made: dict[int, tuple[int, int]] = {}
         self.facts: dict[int, int] = {}
         self.alive: list[Any] = []
+        self.times: list[int] = []  # how many nodes autograd had made at each step
+        self.interferes = False  # Python takes part in backward
 
     def name(self, tensor: torch.Tensor, name: str) -> None:
         rest, block = self.split(name)
@@ -221,12 +228,28 @@ class _Book:
                 self.made[id(r)] = (len(self.steps), i)
                 self.alive.append(r)
         self.steps.append(Step(content, refs, blocks))
+        self.times.append(torch_private.nodes_made())
+
+    def interfere(self) -> None:
+        self.interferes = True
+
+    def leaf(self, tensor: torch.Tensor) -> tuple[str, int | None]:
+        if id(tensor) not in self.names:
+            raise NoPeriod("a gradient of something that has no name")
+        return self.names[id(tensor)][0], self.blocks.get(id(tensor))
 
     def call(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """A function of torch's public interface, before it falls apart into ops: without its tensors, which the ops show."""
         name = getattr(function, "__name__", "")
         if name not in ("__get__", "__set__"):  # shape, dtype and the like
             self.steps.append(Step(("call", name, _form(args, []), _form(kwargs, []))))
+            self.times.append(torch_private.nodes_made())
+            self.interferes |= name in _HOOKS
+        elif getattr(getattr(function, "__self__", None), "__name__", "") == "grad_fn":
+            self.interferes = True
+
+
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 
 
 def _result_facts(op: Any, result: Any) -> tuple:

@@ -169,7 +169,9 @@ class Dice:
 
 def _line_that_draws(forward: Callable[[], Any]) -> str:
     """The line after which the states have moved on, found by going through `forward` line by line."""
-    dice, found, last = Dice(), [], [""]
+    dice = Dice()
+    found: list[str] = []
+    last = [""]
 
     def step(frame: FrameType, event: str, _: Any) -> Any:
         if not is_foreign(frame.f_code.co_filename) or found:

@@ -14,7 +14,9 @@ import torch
 from torch import fx
 from torch._functorch._aot_autograd import descriptors as _desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._library import simple_registry
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -54,7 +56,7 @@ def is_symbolic(value: Any) -> bool:
 
 def export(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> fx.GraphModule:
     """The forward graph before autograd, parameters as `get_attr` nodes. All tensors in `module` and `args` are fake."""
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), quiet(), _lean():
         warnings.simplefilter("ignore")
         return torch.export.export(module, args, strict=False).module(check_guards=False)
 
@@ -67,7 +69,7 @@ def joint(
     Returns the graph, the tensors its `get_attr` nodes name, and what its ends are, in order. Ends: ("param", name), ("buffer",
     name), ("input", index), ("tangent", output index); ("output", index), ("mutation", role, name), ("grad", role, name).
     """
-    with contextlib.ExitStack() as stack, warnings.catch_warnings(), quiet(), _whole():
+    with contextlib.ExitStack() as stack, warnings.catch_warnings(), quiet(), _whole(), _lean():
         warnings.simplefilter("ignore")
         traced = aot_export_joint_with_descriptors(stack, module, args, decompositions=decompositions, **_QUICK).graph_module
     nodes = list(traced.graph.nodes)
@@ -100,6 +102,44 @@ def _whole() -> Iterator[None]:
         for op, kernels in removed:
             op.py_kernels.update(kernels)
             op._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def _lean() -> Iterator[None]:
+    """Without what only costs time in a trace: code for graphs that nobody calls, and guards against being compiled."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(fx.GraphModule, "recompile", _recompile_when_called))
+        for mode in (FakeTensorMode, proxy_tensor.ProxyTorchDispatchMode, FunctionalTensorMode):
+            if guarded := getattr(mode.__torch_dispatch__, "_torchdynamo_orig_callable", None):
+                stack.enter_context(mock.patch.object(mode, "__torch_dispatch__", guarded))
+        stack.enter_context(_no_rules())
+        yield
+
+
+def _no_rules() -> contextlib.AbstractContextManager[Any]:
+    """Where no library has rules of its own for classes of tensors, nobody has to look for them at every op."""
+    if any(entry.torch_dispatch_rules._data for entry in simple_registry.singleton._data.values()):
+        return contextlib.nullcontext()
+
+    def none(op: Any, kind: Any) -> None:
+        return None
+
+    return mock.patch.object(simple_registry, "find_torch_dispatch_rule", none)
+
+
+_recompile = fx.GraphModule.recompile
+
+
+def _recompile_when_called(module: fx.GraphModule) -> None:
+    tree = getattr(module.graph._codegen, "pytree_info", None)
+    if tree is not None:
+        module._in_spec, module._out_spec = tree.in_spec, tree.out_spec
+
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        _recompile(self)
+        return type(self).forward(self, *args, **kwargs)
+
+    type(module).forward = forward
 
 
 def attribute(module: torch.nn.Module, path: str) -> Any:
@@ -230,6 +270,10 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.run = run
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a rehearsal; the guard against it would take longer than the rest
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.prim.device.default:  # asks a fake tensor where it lies
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
@@ -260,11 +304,32 @@ def as_in_export() -> Iterator[None]:
     try:
         for name in flags:
             setattr(torch.compiler, name, True)
-        with quiet():
+        with quiet(), _no_rules():
             yield
     finally:
         for name, value in flags.items():
             setattr(torch.compiler, name, value)
+
+
+def nodes_made() -> int:
+    """How many nodes autograd has made on this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def number_of(node: Any) -> int:
+    """The how-manieth of autograd's nodes it is; the engine runs the last one first."""
+    return node._sequence_nr()
+
+
+def saving_hooks(note: Callable[[], None]) -> Any:
+    """A context in which `note` is called when hooks are set on what autograd saves (checkpointing, offloading)."""
+    push = torch._C._autograd._push_saved_tensors_default_hooks
+
+    def noted(*hooks: Any) -> None:
+        note()
+        push(*hooks)
+
+    return mock.patch.object(torch._C._autograd, "_push_saved_tensors_default_hooks", noted)
 
 
 def recorder(run: Callable[[Any, tuple, dict[str, Any]], Any]) -> Any:
