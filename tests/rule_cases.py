@@ -220,6 +220,8 @@ def _moves() -> Iterator[Case]:
         yield "aten.unsqueeze.default", (x, -1), {}
         yield "aten.unsqueeze.default", (x, 1), {}
         yield "aten.cat.default", ([x, F(shape[0], 2, shape[2]), F(shape[0], 1, shape[2])], -2), {}
+        yield "aten.cat.default", ([x, F(*shape), F(*shape)], 1), {}
+        yield "aten.cat.default", ([F(*shape), F(*shape)], -1), {}
         yield "aten.stack.default", ([x, F(*shape), F(*shape)], 1), {}
         for name in ("tril", "triu"):
             yield f"aten.{name}.default", (x, 1), {}

@@ -119,12 +119,20 @@ def unsqueeze(call: Call) -> Rule:
 
 
 def cat(call: Call) -> Rule:
-    """Joined dims are whole, all others split."""
+    """Equal pieces: the dim is (piece!, element), as of `split`, and elements still split. Else the dim is whole.
+
+    Two pieces with a dim for heads are the halves of a rotary embedding; there more letters would only make the search larger.
+    """
     sketch = Sketch(call)
     shapes, result = call.shapes, call.results[0] or ()
     if any(len(s) != len(result) for s in shapes):
         raise ValueError("cat of tensors with different ranks")
     dim = call["dim"] % len(result)
+    rotary = len(shapes) == 2 and len(result) > 3
+    if not rotary and len({s[dim] for s in shapes}) == 1 and shapes[0][dim]:
+        full = sketch.dims(shapes[0])
+        joined = [(*sketch.letter(len(shapes), fixed=True), *full[dim]) if d == dim else full[d] for d in range(len(result))]
+        return sketch.rule([full] * len(shapes), [joined], "+")
     full = sketch.dims(result, [dim])
     inputs = [[sketch.letter(s[dim], fixed=True) if d == dim else full[d] for d in range(len(s))] for s in shapes]
     return sketch.rule(inputs, [full], "+")
