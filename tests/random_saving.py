@@ -47,8 +47,12 @@ def with_saving(plan: Plan, program: Program, rules: dict[str, Rule], seed: int,
 
     def some(of: Sequence[str], tiers: Sequence[str] = ("host",)) -> tuple[str, ...]:
         chosen = [name for name in of if draw.random() < share]
-        first = {name: draw.randint(1, n) if (n := sizes.get(name, 1)) > 1 and draw.random() < 0.3 else None for name in chosen}
-        return tuple(str(Entry(name, first[name], draw.choice(tiers))) for name in chosen)
+        out = []
+        for name in chosen:
+            count, part = sizes.get(name, 1), draw.random() < 0.3
+            start, stop = (draw.randrange(count), draw.randint(1, count)) if part else (0, None)
+            out.append(str(Entry(name, min(start, (stop or 1) - 1), stop, draw.choice(tiers))))
+        return tuple(out)
 
     update = {
         "recompute": some(replayable(program, rules)),

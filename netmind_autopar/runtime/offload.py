@@ -51,7 +51,10 @@ class Away:
         """Wait for the thread that copies, where there is one. Raises OffloadError as it did."""
         if self.job is not None:
             job, self.job = self.job, None
-            job.result()
+            try:
+                job.result()
+            finally:
+                del job  # an error refers to this frame, and would keep all that is on its way
 
     def empty(self, **options: Any) -> Tensor:
         """Memory for x."""
