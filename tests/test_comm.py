@@ -84,8 +84,8 @@ class BruteForce:
         if spec not in self.moves:
             found = []
             for kind, axis, after in legal_moves(spec, self.sizes):
-                space, i = self.conversions._state(spec)
-                price = space.price(i, self.conversions._state(after)[1], axis)
+                ((space, _, (i, j)),) = self.conversions.grouped([spec, after])
+                price = space.price(i, j, axis)
                 assert price[0] == kind
                 found.append((price[2], after))
             self.moves[spec] = found

@@ -159,6 +159,20 @@ def splits(size: int, n: int) -> bool:
     return n <= size and (n - 1) * -(-size // n) < size
 
 
+@functools.lru_cache(maxsize=65536)
+def cuts(size: int, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """What each subset of a mesh's axes makes of a part, one split after the other (bit a of the position: axis a splits it): the
+    first device's length, and whether no piece is empty."""
+    lengths, pieces = [size], [frozenset({size})]
+    for subset in range(1, 1 << len(sizes)):
+        axis = subset.bit_length() - 1
+        before, n = pieces[subset ^ 1 << axis], sizes[axis]
+        lengths.append(chunk(lengths[subset ^ 1 << axis], n, 0)[1])
+        whole = bool(before) and all(splits(piece, n) for piece in before)
+        pieces.append(frozenset(chunk(piece, n, j)[1] for piece in before for j in (0, n - 1)) if whole else frozenset())
+    return tuple(lengths), tuple(bool(p) for p in pieces)
+
+
 def local_parts(spec: Spec, sizes: tuple[int, ...], coord: tuple[int, ...] | None = None) -> tuple[int, ...]:
     """Part sizes held by the device at `coord`, or by the first device (the largest) when coord is None."""
     out = list(spec.parts)
