@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..ir import flags
-from ..ir.errors import OffloadError
+from ..ir.errors import GraphError, OffloadError
 
 TIERS = ("host", "disk")
 _BLOCK = bytes(1 << 20)
@@ -110,7 +110,8 @@ def reload(away: Away) -> Tensor:
     if away.event is not None:
         torch.cuda.current_stream(away.device).wait_event(away.event)
     x, away.there, away.host, away.file, away.event = away.there, None, None, None, None
-    assert x is not None
+    if x is None:
+        raise GraphError("a tensor was taken back twice, or before it was asked for")
     return x
 
 
