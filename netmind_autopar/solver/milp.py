@@ -121,3 +121,81 @@ def _result(problem: pulp.LpProblem, variables: list[pulp.LpVariable], highs: bo
     if not highs:  # CBC through PuLP tells no bound: only what an optimal end implies
         bound = objective - gap * abs(objective) if problem.sol_status == pulp.LpSolutionOptimal else -math.inf
     return Result(OPTIMAL if problem.sol_status == pulp.LpSolutionOptimal else FEASIBLE, values, objective, min(bound, objective))
+
+
+class Live:
+    """A linear program that stays with HiGHS while rows are added and bounds change: arrays in, arrays out; configured by PuLP.
+
+    Minimise offset + cost · v with low <= row · v <= high and 0 <= v <= upper. Raises SolverError where HiGHS is not installed.
+    """
+
+    def __init__(self, cost: np.ndarray, upper: np.ndarray, offset: float = 0.0) -> None:
+        problem = pulp.LpProblem("autopar", pulp.LpMinimize)
+        try:
+            pulp.HiGHS(msg=False, threads=THREADS, random_seed=0).createAndConfigureSolver(problem)
+        except (pulp.PulpSolverError, AttributeError) as e:
+            raise SolverError("HiGHS is not installed", why=str(e), try_='pip install "highspy"') from None
+        self.highs = problem.solverModel
+        self.columns, self.height = len(cost), 0
+        none = np.zeros(0, np.int32)
+        zeros = np.zeros(len(cost), np.int32)
+        self.highs.addCols(
+            len(cost), np.asarray(cost, np.float64), np.zeros(len(cost)), upper.astype(np.float64), 0, zeros, none, np.zeros(0)
+        )
+        self.highs.changeObjectiveOffset(offset)
+
+    def rows(self, start: np.ndarray, index: np.ndarray, value: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Row r has the entries start[r] … start[r + 1] of index and value (start[-1] is the number of entries)."""
+        bounds = (np.maximum(low, -self.highs.inf), np.minimum(high, self.highs.inf))
+        first = np.asarray(start[:-1], np.int32)
+        self.highs.addRows(len(low), *bounds, len(index), first, np.asarray(index, np.int32), np.asarray(value, np.float64))
+        self.height += len(low)
+
+    def limit_row(self, row: int, high: float) -> None:
+        """Another upper end of one row."""
+        self.highs.changeRowBounds(row, -self.highs.inf, high)
+
+    def limit_columns(self, columns: np.ndarray, upper: float) -> None:
+        n = len(columns)
+        if n:
+            self.highs.changeColsBounds(n, np.asarray(columns, np.int32), np.zeros(n), np.full(n, upper))
+
+    def price(self, column: int, cost: float) -> None:
+        self.highs.changeColCost(column, cost)
+
+    def relax(self, time_limit: float) -> Result:
+        """The optimum with all columns continuous; duals per row with HiGHS' sign (at most 0 where the upper end binds)."""
+        self.highs.setOptionValue("time_limit", self.highs.getRunTime() + max(time_limit, 0.1))
+        self.highs.run()
+        found, word = self.highs.getSolution(), str(self.highs.getModelStatus())
+        if word.endswith("kOptimal"):
+            objective = self.highs.getInfo().objective_function_value
+            return Result(OPTIMAL, np.array(found.col_value), objective, objective, np.array(found.row_dual))
+        return Result(INFEASIBLE if word.endswith("kInfeasible") else UNKNOWN, None, math.inf, -math.inf)
+
+    def whole(
+        self, columns: np.ndarray, *, time_limit: float, gap: float, nodes: int | None = None, first: np.ndarray | None = None
+    ) -> Result:
+        """The optimum with `columns` whole, to a relative `gap` of the objective with its offset. first: values of `columns` to start from.
+
+        Afterwards all columns are continuous again.
+        """
+        n, columns = len(columns), np.asarray(columns, np.int32)
+        options = {"time_limit": self.highs.getRunTime() + max(time_limit, 0.1), "mip_rel_gap": gap, "mip_abs_gap": 0.0}
+        for name, value in options.items():
+            self.highs.setOptionValue(name, value)
+        self.highs.setOptionValue("mip_max_nodes", 2**31 - 1 if nodes is None else nodes)
+        self.highs.changeColsIntegrality(n, columns, np.ones(n, np.uint8))
+        if first is not None:
+            self.highs.setSolution(n, columns, np.asarray(first, np.float64))
+        self.highs.run()
+        info, word = self.highs.getInfo(), str(self.highs.getModelStatus())
+        values = np.array(self.highs.getSolution().col_value)
+        found = info.primal_solution_status == 2 and len(values) == self.columns
+        self.highs.changeColsIntegrality(n, columns, np.zeros(n, np.uint8))
+        if word.endswith("kInfeasible"):
+            return Result(INFEASIBLE, None, math.inf, math.inf)
+        if not found:
+            return Result(UNKNOWN, None, math.inf, info.mip_dual_bound)
+        objective = float(info.objective_function_value)
+        return Result(OPTIMAL if word.endswith("kOptimal") else FEASIBLE, values, objective, min(info.mip_dual_bound, objective))

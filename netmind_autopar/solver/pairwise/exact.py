@@ -1,7 +1,13 @@
 """The integer program over some strategies of every node, rows of memory added as they are violated.
 
-A binary variable per strategy, a continuous one per possible pair of a table, whose sums over rows and columns are the strategies'
-(the local marginal polytope); nodes with one strategy are constants.
+A binary variable x per strategy, a continuous one y per pair of a table, whose sums over rows and columns are the strategies'
+(the local marginal polytope):
+
+    minimise   Σ θ_i(k) x_ik + Σ θ_ij(k, l) y_ijkl + penalty · s
+    subject to Σ_k x_ik = 1,   Σ_l y_ijkl = x_ik,   Σ_k y_ijkl = x_jl,   usage_t · x - s <= limit   for the moments t added so far
+
+θ are the costs as messages have moved them, which changes no choice's cost and keeps the numbers small. s, one for all moments, keeps
+the relaxation feasible whatever strategies it is given; whole solutions have s = 0 and no forbidden pair.
 """
 
 from __future__ import annotations
@@ -15,154 +21,181 @@ import numpy as np
 
 from .. import milp
 from .field import Field
+from .messages import Messages
 
-Keep = Sequence[np.ndarray]  # per node the strategies that may be taken
+Keep = Sequence[np.ndarray]  # per node the strategies that may be taken, ascending
+
+SLACK = 1e-9  # of the limit: more than HiGHS' tolerance lets a row exceed
+TOLERANCE = 1e-7  # of HiGHS, on every reduced cost
+UNITS = 1e4  # rows of memory are in units of this part of the limit
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """The relaxation's optimum within `keep`: its cost, x per strategy of all nodes (flat), prices of moments, and the elastic part s."""
+
+    cost: float
+    flat: np.ndarray
+    prices: dict[int, float]
+    over: float
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best choice that fits, or None; its cost; what no choice within the strategies can be below; prices of moments (relaxed)."""
+    """The best choice that fits, or None; its cost; what no choice within the strategies can be below."""
 
     choice: list[int] | None
     cost: float
     bound: float
-    prices: dict[int, float]
-    moments: tuple[int, ...]
     status: str
-    fractional: np.ndarray | None = None  # flat, of the relaxation
 
 
-def pairs(field: Field, keep: Keep) -> int:
-    """How many pairs the program over `keep` has variables for."""
-    return sum(len(keep[i]) * len(keep[j]) for i, j in field.problem.edges if min(len(keep[i]), len(keep[j])) > 1)
+def pairs(field: Field, sizes: np.ndarray) -> int:
+    """How many pairs a program has variables for whose nodes have so many strategies."""
+    a, b = sizes[field.ends[:, 0]], sizes[field.ends[:, 1]]
+    return int((a * b)[np.minimum(a, b) > 1].sum())
 
 
 class Program:
-    """The integer program; `row` adds a moment, `solve` and `relax` run it."""
+    """`row` adds a moment; `relax` and `whole` solve; `corrections` are the relaxation's messages."""
 
-    def __init__(self, field: Field, keep: Keep) -> None:
-        self.field, self.keep = field, keep
-        own = [field.costs[field.offset[i] + ks] for i, ks in enumerate(keep)]
-        own = [c.copy() for c in own]
-        self.constant, self.moments = field.fixed, set[int]()
-        self.rows_of: dict[int, int] = {}
-        tables = []
-        for (i, j), table in zip(field.problem.edges, field.problem.tables, strict=True):
-            part = table[np.ix_(keep[i], keep[j])]
-            if part.shape[0] == 1:
-                own[j] += part[0]
-            elif part.shape[1] == 1:
-                own[i] += part[:, 0]
-            else:
-                tables.append((i, j, part))
-        finite = [float(a[np.isfinite(a)].max(initial=0.0)) for a in (*own, *(part for _, _, part in tables))]
-        self.scale = max(max(finite, default=0.0) / 1e4, 1e-12)
-        self.model = milp.Model()
-        self.x: list[list[int]] = []
-        self.position: list[tuple[int, int]] = []  # (variable, flat position)
-        for i, (ks, cost) in enumerate(zip(keep, own, strict=True)):
-            if len(ks) == 1:
-                self.constant += float(cost[0])
-                self.x.append([])
+    def __init__(self, messages: Messages, keep: Keep, penalty: float, *, most: float = math.inf) -> None:
+        """most: pairs that cost more above the messages' bound count as if they cost so much."""
+        self.most, self.messages, self.field, self.keep, self.penalty = most, messages, messages.field, keep, penalty
+        field = self.field
+        self.sizes = np.array([len(k) for k in keep])
+        self.begin = np.concatenate([[0], self.sizes.cumsum()])
+        self.at = np.concatenate([field.offset[i] + k for i, k in enumerate(keep)])  # flat position per x
+        self.moments: dict[int, int] = {}  # moment -> its row
+        self.unit = max(self.field.limit, 1.0) / UNITS if self.field.limit < math.inf else 1.0
+        self.banned: list[np.ndarray] = []  # variables of forbidden choices
+        self.dead = False  # a pair that is both forbidden and decided
+        self._build()
+
+    def _build(self) -> None:
+        field, begin, sizes, theta = self.field, self.begin, self.sizes, self.messages
+        node, low, high = theta.reduced()
+        own = (node - theta.memory)[self.at]
+        count, height = len(own), field.n
+        cost, index, value, length = [own], [np.arange(count)], [np.ones(count)], [sizes]
+        for n, (e, table) in enumerate(zip(field.problem.edges, field.problem.tables, strict=True)):
+            i, j = e
+            a, b = int(sizes[i]), int(sizes[j])
+            first, second = low[theta.low_at[n] : theta.low_at[n + 1]], high[theta.high_at[n] : theta.high_at[n + 1]]
+            if theta.low[n] != i:
+                first, second = second, first
+            part = np.minimum(table[self.keep[i][:, None], self.keep[j]], theta.top) - first[self.keep[i]][:, None] - second[self.keep[j]]
+            part = np.minimum(part, self.most)
+            ban = field.forbidden[e][self.keep[i][:, None], self.keep[j]] if e in field.forbidden else None
+            if min(a, b) == 1:
+                own[begin[j] if a == 1 else begin[i] :][: max(a, b)] += part.ravel()
+                if ban is not None and ban.any():
+                    self.dead |= max(a, b) == 1
+                    self.banned.append((begin[j] if a == 1 else begin[i]) + np.flatnonzero(ban.ravel()))
                 continue
-            vars_ = [self.model.var(self._price(c), binary=True) for c in cost]
-            self.model.row(dict.fromkeys(vars_, 1.0), 1.0, 1.0)
-            for v, k, c in zip(vars_, ks, cost, strict=True):
-                self.position.append((v, int(field.offset[i] + k)))
-                if not math.isfinite(c):
-                    self.model.row({v: 1.0}, 0.0, 0.0)
-            self.x.append(vars_)
-        for i, j, part in tables:
-            self._table(i, j, part)
-        self.settled = np.zeros(field.size)
-        for i, ks in enumerate(keep):
-            if len(ks) == 1:
-                self.settled[field.offset[i] + ks[0]] = 1.0
-
-    def _price(self, cost: float) -> float:
-        return float(cost) / self.scale if math.isfinite(cost) else 0.0
-
-    def _table(self, i: int, j: int, part: np.ndarray) -> None:
-        rows: list[dict[int, float]] = [{v: -1.0} for v in self.x[i]]
-        cols: list[dict[int, float]] = [{v: -1.0} for v in self.x[j]]
-        for a, b in np.argwhere(np.isfinite(part)):
-            y = self.model.var(float(part[a, b]) / self.scale)
-            rows[a][y] = cols[b][y] = 1.0
-        for row in (*rows, *cols):
-            self.model.row(row, 0.0, 0.0)
+            pair = count + np.arange(a * b).reshape(a, b)
+            count, height = count + a * b, height + a + b - 1
+            cost.append(part.ravel())
+            if ban is not None:
+                self.banned.append(pair[ban])
+            rows = np.concatenate([pair, begin[i] + np.arange(a)[:, None]], 1)
+            cols = np.concatenate([pair.T, begin[j] + np.arange(b)[:, None]], 1)[:-1]  # the last one follows from the others
+            index += [rows.ravel(), cols.ravel()]
+            value += [np.tile(np.r_[np.ones(b), -1.0], a), np.tile(np.r_[np.ones(a), -1.0], b - 1)]
+            length += [np.full(a, b + 1), np.full(b - 1, a + 1)]
+        flat = np.concatenate(cost)
+        self.slack, self.scale = count, max(float(np.abs(flat).max(initial=0.0)) / 1e4, 1e-12)
+        upper = np.r_[np.ones(count), math.inf]
+        self.live = milp.Live(np.r_[flat, self.penalty / UNITS] / self.scale, upper, field.fixed / self.scale)
+        right = np.r_[np.ones(field.n), np.zeros(height - field.n)]
+        self.live.rows(np.r_[0, np.concatenate(length).cumsum()], np.concatenate(index), np.concatenate(value), right, right)
+        self.terms = field.n + len(field.problem.edges)
 
     def row(self, moment: int) -> None:
         """Memory at one moment within the limit."""
-        use, limit = self.field.row(moment), self.field.limit
-        spent = float(use @ self.settled) + float(self.field.base[moment])
-        self.moments.add(moment)
-        terms = {v: float(use[at]) / limit for v, at in self.position if use[at]}
-        self.rows_of[moment] = len(self.model.rows)
-        self.model.row(terms or {self.position[0][0]: 0.0}, -math.inf, 1.0 - spent / limit)
+        use, unit = self.field.row(moment)[self.at], self.unit
+        some = np.flatnonzero(use)
+        self.moments[moment] = self.live.height
+        high = (self.field.limit - self.field.base[moment]) / unit
+        index, value = np.r_[some, self.slack], np.r_[use[some] / unit, -1.0]
+        self.live.rows(np.array([0, len(index)]), index, value, np.array([-math.inf]), np.array([high]))
 
     def flat(self, values: np.ndarray) -> np.ndarray:
-        out = self.settled.copy()
-        for v, at in self.position:
-            out[at] = values[v]
+        out = np.zeros(self.field.size)
+        out[self.at] = values[: len(self.at)]
         return out
 
-    def read(self, values: np.ndarray) -> list[int]:
-        return [int(ks[0]) if not vars_ else int(ks[int(np.argmax(values[vars_]))]) for ks, vars_ in zip(self.keep, self.x, strict=True)]
+    def relax(self, deadline: float, rounds: int = 20) -> Relaxed | None:
+        """The optimum with fractions, moments added until none is violated or time is up. None: not solved in time."""
+        out = None
+        for _ in range(rounds):
+            result = self.live.relax(deadline - time.monotonic())
+            if result.values is None or result.duals is None:
+                return out
+            flat = self.flat(result.values)
+            prices = {m: -float(result.duals[r]) * self.scale / self.unit for m, r in self.moments.items() if result.duals[r] < 0.0}
+            out = Relaxed(result.objective * self.scale, flat, prices, float(result.values[self.slack]) / UNITS)
+            fresh = self.field.peaks(self.field.profile(flat), self.moments, slack=(out.over + 1e-6) * UNITS * self.unit)
+            if not fresh or time.monotonic() > deadline:
+                break
+            for m in fresh:
+                self.row(m)
+        return out
+
+    def whole(self, deadline: float, *, gap: float, nodes: int | None = None, start: Sequence[int] | None = None) -> Found:
+        """The best choice of whole strategies. gap: relative; nodes: branch at most this often; start: a choice within `keep`."""
+        if self.dead:
+            return Found(None, math.inf, math.inf, milp.INFEASIBLE)
+        banned = np.concatenate([*self.banned, [self.slack]]).astype(np.int64)
+        free = np.flatnonzero(np.repeat(self.sizes > 1, self.sizes))
+        self.live.limit_columns(banned, 0.0)
+        try:
+            return self._whole(free, deadline, gap, nodes, start)
+        finally:
+            self.live.limit_columns(banned[:-1], 1.0)
+            self.live.limit_columns(banned[-1:], math.inf)
+
+    def _whole(self, free: np.ndarray, deadline: float, gap: float, nodes: int | None, start: Sequence[int] | None) -> Found:
+        field, bound, first = self.field, -math.inf, None
+        if start is not None:
+            first = field.chosen(start)[self.at][free]
+        exact = True
+        while True:
+            result = self.live.whole(free, time_limit=deadline - time.monotonic(), gap=gap, nodes=nodes, first=first)
+            if exact:
+                bound = max(bound, result.bound * self.scale - TOLERANCE * self.terms * self.scale)
+            if result.values is None:
+                status = result.status if exact else milp.UNKNOWN
+                return Found(None, math.inf, math.inf if status == milp.INFEASIBLE else bound, status)
+            choice = [int(k[np.argmax(result.values[a : a + len(k)])]) for k, a in zip(self.keep, self.begin, strict=False)]
+            profile = field.profile(field.chosen(choice))
+            if float(profile.max(initial=0.0)) <= field.limit:
+                status = result.status if exact else milp.FEASIBLE
+                return Found(choice, field.cost(choice), min(bound, field.cost(choice)), status)
+            if time.monotonic() > deadline:
+                return Found(None, math.inf, bound, milp.UNKNOWN)
+            fresh = field.peaks(profile, self.moments)
+            for m in fresh:
+                self.row(m)
+            if not fresh:  # a row within the solver's tolerance: a little less room there, and the bound stays what it was
+                exact = False
+                for m, row in self.moments.items():
+                    if profile[m] > field.limit:
+                        room = field.limit * (1.0 - SLACK) - field.base[m]
+                        self.live.limit_row(row, room / self.unit)
 
 
-def run(field: Field, keep: Keep, moments: Iterable[int], deadline: float, *, gap: float, relax_only: bool = False) -> Found:
-    """Relax, adding violated moments; then, unless `relax_only`, the same with whole numbers. `deadline`: of time.monotonic()."""
-    program = Program(field, keep)
-    if not program.position:  # every node is decided
-        choice = [int(ks[0]) for ks in keep]
-        fits = float(field.profile(field.chosen(choice)).max(initial=0.0)) <= field.limit
-        cost = field.cost(choice)
-        return Found(choice if fits else None, cost, cost if fits else math.inf, {}, (), milp.OPTIMAL if fits else milp.INFEASIBLE)
-    for m in sorted(moments) if field.limit < math.inf else ():
+def settle(messages: Messages, keep: Keep, moments: Iterable[int], deadline: float, *, gap: float, cost: float = math.inf) -> Found:
+    """The integer program over `keep` to its end: an optimum, a proof that there is none, or what there is at the deadline.
+
+    cost: of a choice that is known. Pairs in no cheaper choice are made less dear, which keeps the numbers small.
+    """
+    field = messages.field
+    most = 2.0 * (cost - messages.bound) + 1e-6 * abs(cost) if math.isfinite(cost) and math.isfinite(messages.bound) else math.inf
+    program = Program(messages, keep, 0.0, most=most)
+    program.live.limit_columns(np.array([program.slack]), 0.0)
+    for m in sorted(moments):
         program.row(m)
-    relaxed, prices, flat = _relax(field, program, deadline)
-    if relaxed.status == milp.INFEASIBLE:
-        return Found(None, math.inf, math.inf, {}, tuple(program.moments), milp.INFEASIBLE)
-    bound = program.constant + relaxed.bound * program.scale if relaxed.values is not None else -math.inf
-    if relax_only or relaxed.values is None:
-        return Found(None, math.inf, bound, prices, tuple(program.moments), milp.UNKNOWN, flat)
-    return _whole(field, program, bound, prices, deadline, gap)
-
-
-def _relax(field: Field, program: Program, deadline: float, rounds: int = 20) -> tuple[milp.Result, dict[int, float], np.ndarray | None]:
-    flat, prices = None, {}
-    for _ in range(rounds):
-        result = milp.solve(program.model, time_limit=max(deadline - time.monotonic(), 1.0), gap=0.0, relax=True)
-        if result.values is None or result.duals is None:
-            return result, prices, flat
-        flat = program.flat(result.values)
-        duals = {m: float(result.duals[r]) * program.scale / field.limit for m, r in program.rows_of.items()}
-        prices = {m: price for m, price in duals.items() if price > 0}
-        fresh = field.peaks(field.profile(flat), program.moments) if field.limit < math.inf else []
-        if not fresh or time.monotonic() > deadline:
-            break
-        for m in fresh:
-            program.row(m)
-    return result, prices, flat
-
-
-def _whole(field: Field, program: Program, bound: float, prices: dict[int, float], deadline: float, gap: float) -> Found:
-    for _ in range(12):
-        result = milp.solve(program.model, time_limit=max(deadline - time.monotonic(), 1.0), gap=gap)
-        moments = tuple(program.moments)
-        if result.status == milp.INFEASIBLE:
-            return Found(None, math.inf, math.inf, prices, moments, milp.INFEASIBLE)
-        if result.bound > -math.inf:
-            bound = max(bound, program.constant + result.bound * program.scale)
-        if result.values is None:
-            return Found(None, math.inf, bound, prices, moments, milp.UNKNOWN)
-        choice = program.read(result.values)
-        profile = field.profile(field.chosen(choice))
-        fresh = field.peaks(profile, program.moments) if field.limit < math.inf else []
-        if not fresh and float(profile.max(initial=0.0)) <= field.limit:
-            return Found(choice, field.cost(choice), bound, prices, moments, result.status)
-        if not fresh or time.monotonic() > deadline:
-            break
-        for m in fresh:
-            program.row(m)
-    return Found(None, math.inf, bound, prices, moments, milp.UNKNOWN)
+    if field.limit < math.inf:
+        program.relax(deadline)
+    return program.whole(deadline, gap=gap)

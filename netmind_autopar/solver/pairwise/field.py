@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,7 +12,10 @@ Prices = Mapping[int, float]  # moment -> cost per unit of usage
 
 
 class Field:
-    """`offset[i]` is where the strategies of node i begin in flat arrays; `near[i]` lists (j, table [of i, of j])."""
+    """`offset[i]` is where the strategies of node i begin in flat arrays; `near[i]` lists (j, table [of i, of j]); `ends` are the edges.
+
+    `forbidden[i, j]`: where the table is inf, for tables that are inf anywhere.
+    """
 
     def __init__(self, problem: Contracted) -> None:
         self.problem, self.n = problem, len(problem.costs)
@@ -27,6 +30,9 @@ class Field:
             self.near[j].append((i, np.ascontiguousarray(table.T)))
         for around in self.near:
             around.sort(key=lambda item: item[0])
+        self.ends = np.array(problem.edges, np.int64).reshape(-1, 2)
+        banned = ((e, ~np.isfinite(table)) for e, table in zip(problem.edges, problem.tables, strict=True))
+        self.forbidden = {e: mask for e, mask in banned if mask.any()}
 
     def split(self, flat: np.ndarray) -> list[np.ndarray]:
         """Per node its part of a flat array, as copies."""
@@ -62,11 +68,10 @@ class Field:
         total, p = dense.cumsum(), self.problem
         return np.bincount(p.at, p.bytes * (total[p.end] - total[p.start]), self.size)
 
-    def peaks(self, profile: np.ndarray, known: Sequence[int] | set[int] = (), most: int = 8) -> list[int]:
-        """The worst moment of each stretch of moments above the limit, worst first, without those that are known already."""
-        left, out = profile.copy(), []
+    def peaks(self, profile: np.ndarray, known: Iterable[int] = (), *, slack: float = 0.0, most: int = 8) -> list[int]:
+        """The worst moment of each stretch of moments above limit + slack, worst first, without those that are known already."""
+        left, out, top = profile.copy(), list[int](), self.limit + slack
         left[list(known)] = -np.inf
-        top = self.limit * (1 + 1e-9)
         while len(out) < most:
             m = int(left.argmax())
             if left[m] <= top:
