@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from random_plans import random_plan
+from random_saving import with_saving
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -20,7 +22,9 @@ from widen import float32_is_float64
 from zoo import ZOO
 
 from netmind_autopar import autoparallelize
+from netmind_autopar.ir.plan import Plan
 from netmind_autopar.ir.program import Program
+from netmind_autopar.rules.bind import bind_program
 from netmind_autopar.runtime import simulate
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.signature import flatten, sample_call
@@ -45,6 +49,8 @@ def train(case: dict) -> dict[str, float]:
         sizes = tuple(case["mesh"])
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=tuple("abc"[: len(sizes)]))
         prices = {"random_costs": case["random_costs"], "gap": 0.05, "time_limit": 20.0} if "random_costs" in case else {}
+        if "saving" in case:
+            prices = {"plan": _saving(model, inputs, case)}
         pm = autoparallelize(model, inputs, mesh, cluster="h100-sxm", **prices, **entry.options)
         losses = _train(pm, inputs, case["zoo"])
         random = any(i.role == "seed" for i in pm._executable.inputs)
@@ -55,6 +61,14 @@ def train(case: dict) -> dict[str, float]:
     worst = torch.tensor([*errors.values(), seconds], dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return dict(zip((*errors, "cpu_s"), worst.tolist(), strict=True))
+
+
+def _saving(model: nn.Module, inputs: Any, case: dict) -> Plan:
+    """An odd plan that recomputes, gathers again and offloads about half of all that it could."""
+    program = capture(model, inputs, **ZOO[case["zoo"]].options)
+    rules = bind_program(program)
+    plan = random_plan(program, rules, ",".join(f"{a}={n}" for a, n in zip("abc", case["mesh"], strict=False)), case["saving"])
+    return with_saving(plan, program, rules, case["saving"])
 
 
 def _train(module: nn.Module, inputs: Any, name: str) -> list[Tensor]:

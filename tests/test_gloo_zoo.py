@@ -54,6 +54,13 @@ def test_a_few_models_train_as_in_one_process(world: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.gloo
+def test_plans_that_save_memory_train_as_in_one_process(tmp_path: Path) -> None:
+    """Dropout and tied weights; twins, gathering again, host and disk, under random layouts on 2 processes."""
+    work = [{"zoo": name, "mesh": (2,), "saving": k} for k, name in enumerate(("bert", "tied", "mixtral_grouped"))]
+    agree(work, launch(2, work, tmp_path))
+
+
+@pytest.mark.gloo
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("world", sorted(MESHES))
