@@ -7,7 +7,7 @@ and is decided once. A choice has one symbol per mesh axis, the letter of the op
     "-"      the axis splits nothing
     "+"      Partial sums flow through a linear op
 
-What saves memory is said by name, with the number of members (in program order) that it is for; all of them when none is given:
+What saves memory is said by name, with the members that it is for as a Python slice in program order; all when none is given:
 
     recompute   "h.*.mlp.gelu[:12]"             ops of forward that run again in backward
     regather    "h.*.attn.c_attn.weight"        values whose conversions are made again in backward instead of being kept; "*": all
@@ -21,9 +21,10 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -34,16 +35,18 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
 
 
+T = TypeVar("T")
 ALL = "*"
-_ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?P<name>[^:]+?)(?:\[:(?P<first>\d+)\])?")
+_ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?P<name>[^:]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of `recompute`, `regather` or `offload`: `first` members of it (all when None), kept on `tier` "host" or "disk"."""
+    """One name of `recompute`, `regather` or `offload`: members start … stop-1 of it, kept on `tier` "host" or "disk"."""
 
     name: str
-    first: int | None = None
+    start: int = 0
+    stop: int | None = None
     tier: str = "host"
 
     @classmethod
@@ -54,14 +57,29 @@ class Entry:
             raise PlanError(
                 f"cannot read the entry {text!r}", where="recompute, regather or offload", try_='a name as in choices, or "name[:12]"'
             )
-        return cls(found["name"], int(found["first"]) if found["first"] else None, found["tier"] or "host")
+        stop = int(found["stop"]) if found["stop"] else None
+        return cls(found["name"], int(found["start"] or 0), stop, found["tier"] or "host")
 
     def __str__(self) -> str:
-        return ("disk:" if self.tier == "disk" else "") + self.name + ("" if self.first is None else f"[:{self.first}]")
+        part = f"[{self.start or ''}:{'' if self.stop is None else self.stop}]" if self.start or self.stop is not None else ""
+        return ("disk:" if self.tier == "disk" else "") + self.name + part
 
-    def of(self, members: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of a class's members, in program order, that the entry is for."""
-        return members if self.first is None else members[: self.first]
+    def of(self, members: Sequence[T]) -> Sequence[T]:
+        """Those of all members of a class, in program order, that the entry is for."""
+        return members[self.start : self.stop]
+
+
+def entries_of(name: str, members: Iterable[int], count: int, tier: str = "host") -> list[str]:
+    """The entries that say these positions out of `count`, in order."""
+    out: list[str] = []
+    run: list[int] = []
+    for at in [*sorted(members), -1]:
+        if run and at != run[-1] + 1:
+            stop = None if run[-1] + 1 == count else run[-1] + 1
+            out.append(str(Entry(name, run[0], stop, tier)))
+            run = []
+        run.append(at)
+    return out
 
 
 class _Part(BaseModel):

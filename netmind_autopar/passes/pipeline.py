@@ -15,7 +15,7 @@ from ..ir.spec import Spec, same_layout
 from ..rules.algebra import Rule, Strategy
 from ..solver.conversions import end_rules, regathered
 from ..solver.fold import classes
-from ..solver.replay import offloaded, replay, without_dead
+from ..solver.replay import offloaded, rewritten
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
 from .dense import make_dense
@@ -54,13 +54,11 @@ def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     rules = {**end_rules(program, plan.inputs), **rules}
     names = classes(program, rules)
     away = offloaded(program, plan.offload, names)
-    program, twins = replay(program, plan.recompute, names)
-    for twin, original in twins.items():
-        rules[twin], strategies[twin], names[twin] = rules[original], strategies[original], names[original]
-    program = without_dead(program, twins.values())
     again = regathered(program, names, plan.regather)
+    new = rewritten(program, rules, names, plan.recompute)
+    strategies |= {twin: strategies[original] for twin, original in new.twins.items()}
     conversions = Conversions(plan.links(), plan.random_costs)
-    return run_passes(program, Lowering(plan, rules, strategies, conversions, plan.sizes, again, away))
+    return run_passes(new.program, Lowering(plan, new.rules, strategies, conversions, plan.sizes, again, away))
 
 
 def run_passes(program: Program, context: Lowering) -> Program:

@@ -17,17 +17,17 @@ from torch import fx
 
 from ..costs.comm import BUCKET_BYTES, Conversions
 from ..costs.compute import FREE, node_prices, short_name
-from ..costs.room import room
 from ..ir.mesh import Mesh
 from ..ir.program import Input, Program, is_getitem, tensor_args, values
-from ..ir.spec import Layout, Spec, layout, local_bytes
-from ..rules.algebra import Rule, Strategy, input_specs, output_specs, strategies
+from ..ir.spec import Spec
+from ..rules.algebra import Rule, Strategy, strategy_codes
 from .conversions import Use, end_rules, owner_of, regathered, uses, value_name, value_of
 from .fold import classes, signature
+from .layouts import Side, Specs, distinct, tables
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
+from .replay import refusal
 
 RESULT = "result"  # the node that replicated results want
-Column = tuple[list[Spec], np.ndarray]  # layouts per strategy: specs, and numbers that are equal where layouts are
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Kind:
     members: tuple[str, ...]
     rule: Rule
     strategies: tuple[Strategy, ...]
-    takes: tuple[tuple[Spec, ...], ...]
-    gives: tuple[tuple[Spec | None, ...], ...]
+    takes: Sequence[tuple[Spec, ...]]
+    gives: Sequence[tuple[Spec | None, ...]]
     role: str = "op"
 
 
@@ -50,7 +50,7 @@ class Built:
 
     problem: Problem
     kinds: tuple[Kind, ...]
-    specs: tuple[tuple[tuple[Spec, ...], tuple[Spec, ...]], ...]
+    specs: tuple[tuple[Sequence[Spec], Sequence[Spec]], ...]
     takers: tuple[tuple[Use, ...], ...]
     order: tuple[str, ...]
     nodes: Mapping[str, fx.Node]
@@ -63,10 +63,12 @@ def random_seconds(seed: int, name: str, label: str) -> float:
     return 1e-6 + 1e-3 * int.from_bytes(digest, "big") / 2**64
 
 
-def strategies_of(kind_rule: Rule, sizes: tuple[int, ...], cache: dict) -> tuple[Strategy, ...]:
+def strategies_of(kind_rule: Rule, sizes: tuple[int, ...], cache: dict) -> tuple[tuple[Strategy, ...], np.ndarray]:
+    """The strategies of a rule, and their codes."""
     key = (kind_rule.inputs, kind_rule.outputs, tuple(kind_rule.sizes.items()), kind_rule.fixed, kind_rule.reduce, sizes)
     if key not in cache:
-        cache[key] = strategies(kind_rule, sizes)
+        symbols, codes = kind_rule.symbols, strategy_codes(kind_rule, sizes)
+        cache[key] = tuple(tuple(symbols[c] for c in row) for row in codes.tolist()), codes
     return cache[key]
 
 
@@ -114,19 +116,23 @@ def _kind(
     cache: dict,
     role: str,
 ) -> Kind:
-    found = strategies_of(rule, sizes, cache)
-    key = ("specs", id(found), tuple(ins), tuple(outs), rule.reduce, rule.inputs, rule.outputs)
-    if key not in cache:
-        cache[key] = tuple(input_specs(rule, s, ins) for s in found), tuple(output_specs(rule, s, outs) for s in found)
-    takes, gives = cache[key]
+    found, codes = strategies_of(rule, sizes, cache)
+    takes, gives = (Side(rule, found, codes, tuple(dtypes), side) for dtypes, side in ((ins, False), (outs, True)))
     return Kind(name, members, rule, found, takes, gives, role)
 
 
 class _Build:
-    def __init__(self, program: Program, rules: Mapping[str, Rule], mesh: Mesh, inputs: str, regather: Sequence[str] = ()) -> None:
-        self.program, self.mesh, self.sizes = program, mesh, mesh.sizes
+    def __init__(
+        self,
+        program: Program,
+        rules: Mapping[str, Rule],
+        conversions: Conversions,
+        inputs: str,
+        again: frozenset[tuple[str, int]] | Sequence[str] = (),
+    ) -> None:
+        self.program, self.conversions = program, conversions
         self.nodes = {node.name: node for node in program.graph.nodes}
-        self.kinds = collect(program, rules, mesh.sizes, inputs)
+        self.kinds = collect(program, rules, conversions.mesh.sizes, inputs)
         self.index = {name: i for i, name in enumerate(self.kinds)}
         self.class_of = {member: kind.name for kind in self.kinds.values() for member in kind.members}
         self.ends: dict[str, Input] = program.placeholders()
@@ -136,14 +142,24 @@ class _Build:
         self.moment = {name: 2 * m + 1 for m, name in enumerate(self.ops)}
         self.forward_end, self.end = max(2 * len(forward) - 1, 0), 2 * len(self.ops)
         self.uses = uses(program)
-        self.again = regathered(program, self.class_of | {t: f"output.{i.name}" for t, i in self.ends.items() if i.role == "tangent"}, regather)
+        if not isinstance(again, frozenset):
+            tangents = {name: f"output.{end.name}" for name, end in self.ends.items() if end.role == "tangent"}
+            again = regathered(program, self.class_of | tangents, again)
+        self.again = again
         grads = {o.node for o in program.outputs if o.role == "grad"}
         self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
+        self.ranks = self._ranks()
         self.hold = self._holds()
-        self.columns: dict[tuple[int, int], Column] = {}
-        self.layouts: dict[Spec, int] = {}
-        self.known: dict[Layout, int] = {}
-        self.chains: dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.columns: dict[tuple[str, bool, int], np.ndarray] = {}
+
+    def _ranks(self) -> dict[tuple[str, int], int]:
+        """Per value its position among those of the same name."""
+        seen: dict[str, int] = {}
+        out: dict[tuple[str, int], int] = {}
+        for name, index in self.uses:
+            known = value_name(self.class_of.get(name, name), index)
+            out[name, index] = seen[known] = seen.get(known, -1) + 1
+        return out
 
     def _holds(self) -> dict[str, int]:
         """Per op the last moment at which something taken from it as a view is needed."""
@@ -168,49 +184,31 @@ class _Build:
         owner = owner_of(self.program, use.result)
         return RESULT if owner is None else self.class_of.get(owner, owner)
 
-    def column(self, table: Sequence[tuple[Spec | None, ...]], position: int) -> Column:
-        """One position of a kind's `takes` or `gives`: its specs per strategy, and their layouts as numbers."""
-        key = (id(table), position)
+    def column(self, kind: Kind, gives: bool, position: int) -> np.ndarray:
+        """The numbers of the specs that a kind takes or gives at one position, per strategy."""
+        key = (kind.name, gives, position)
         if key not in self.columns:
-            self.columns[key] = self.numbers([row[position] for row in table])  # type: ignore[misc]
+            side = kind.gives if gives else kind.takes
+            assert isinstance(side, Side)
+            self.columns[key] = side.column(position, self.conversions)
         return self.columns[key]
 
-    def numbers(self, specs: list[Spec]) -> Column:
-        """Specs, and numbers that are equal where their layouts are."""
-        out = []
-        for spec in specs:
-            if spec not in self.layouts:
-                self.layouts[spec] = self.known.setdefault(layout(spec, self.sizes), len(self.known))
-            out.append(self.layouts[spec])
-        return specs, np.array(out, dtype=np.int64)
-
-    def wanted(self, use: Use, have: Spec) -> Column:
-        """Per strategy of the consumer's class the layout that `use` wants."""
+    def wanted(self, use: Use, have: np.ndarray) -> np.ndarray:
+        """Per strategy of the consumer's class the spec that `use` wants, of a value with the specs `have`."""
         kind = self.kinds[self.consumer(use)]
-        if use.result is None:
-            return self.column(kind.takes, use.position)
-        return self.numbers([have.replicated]) if kind.name == RESULT else self.column(kind.gives, 0)
+        if use.result is not None and kind.name == RESULT:
+            return np.array([self.conversions.number(self.conversions.spec(int(have[0])).replicated)])
+        return self.column(kind, use.result is not None, 0 if use.result else use.position)
 
-    def produced(self, name: str, index: int) -> tuple[str, Column]:
-        """The class that decides how a value lies, and its layout per strategy."""
-        kind = self.kinds[f"output.{self.ends[name].name}" if self.is_tangent(name) else self.class_of[name]]
-        return kind.name, self.column(kind.gives, index)
-
-    def numbered(self, columns: Sequence[Column]) -> tuple[Column, list[np.ndarray]]:
-        """The different layouts of all columns in order of appearance, and every column as positions among them."""
-        if not columns:
-            return ([], np.zeros(0, np.int64)), []
-        _, first, inverse = np.unique(np.concatenate([numbers for _, numbers in columns]), return_index=True, return_inverse=True)
-        states = np.argsort(np.argsort(first))[inverse].astype(np.int32)
-        specs = [spec for found, _ in columns for spec in found]
-        ends = np.cumsum([len(found) for found, _ in columns])
-        return self.numbers([specs[i] for i in np.sort(first)]), np.split(states, ends[:-1])
+    def producer(self, name: str) -> Kind:
+        """The class that decides how a value lies."""
+        return self.kinds[f"output.{self.ends[name].name}" if self.is_tangent(name) else self.class_of[name]]
 
     def folded(self) -> dict[tuple, list[tuple[str, int]]]:
         """Values that are alike: same producer class, same consumers."""
         groups: dict[tuple, list[tuple[str, int]]] = {}
         for (name, index), takers in self.uses.items():
-            producer, _ = self.produced(name, index)
+            producer = self.producer(name).name
             into = tuple(
                 (self.consumer(u), u.position if u.result is None else -1, u.phase, u.result.role if u.result else "") for u in takers
             )
@@ -218,15 +216,16 @@ class _Build:
             groups.setdefault((producer, role, index, into, (name, index) in self.again), []).append((name, index))
         return groups
 
-    def value(self, group: Sequence[tuple[str, int]], conversions: Conversions) -> tuple[Value, tuple[tuple[Spec, ...], tuple[Spec, ...]]]:
+    def value(self, group: Sequence[tuple[str, int]]) -> tuple[Value, tuple[Specs, Specs]]:
         name, index = group[0]
-        takers = self.uses[name, index]
-        producer, gives = self.produced(name, index)
-        (sources, here), (state,) = self.numbered([gives])
-        (targets, there), states = self.numbered([self.wanted(u, gives[0][0]) for u in takers])
+        takers, kind, convert = self.uses[name, index], self.producer(name), self.conversions
+        gives = self.column(kind, True, index)
+        sources, (state,) = distinct(convert, [gives])
+        targets, states = distinct(convert, [self.wanted(u, gives) for u in takers])
         is_gradient = any(u.result is not None and u.result.role == "grad" for u in takers)
-        same = here[:, None] == there[None, :]
-        seconds, need, left = self.chain(name, index, conversions, sources, targets, same, is_gradient)
+        dense = values(self.nodes[name])[index].is_contiguous()  # type: ignore[union-attr]
+        bucket = BUCKET_BYTES if self.gradient_bytes > BUCKET_BYTES else None
+        same, seconds, need, left = tables(convert, sources, targets, dense=dense, is_gradient=is_gradient, bucket_bytes=bucket)
         consumers = tuple(
             Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
             for u, s in zip(takers, states, strict=True)
@@ -237,43 +236,24 @@ class _Build:
         shape = (len(group), len(takers))
         owns = not self.is_resident(name) and not self.is_view(name)
         value = Value(
-            value_name(producer, index),
-            self.index[producer],
+            value_name(kind.name, index),
+            self.index[kind.name],
             state,
             consumers,
-            np.where(same, 0.0, seconds),
+            seconds,
             same,
-            np.array([s.has_partial or (name, index) not in self.again for s in sources]),
-            np.array([local_bytes(s, self.sizes) * owns for s in sources], dtype=np.int64),
+            convert.partial(sources) | ((name, index) not in self.again),
+            convert.local_bytes(sources) * owns,
             left,
             produced,
             used.reshape(shape),
             held.reshape(shape),
             "gradient" if is_gradient else "activation",
             need,
+            tuple(self.ranks[pair] for pair in group),
+            convert.partial(sources),
         )
-        return value, (tuple(sources), tuple(targets))
-
-    def chain(
-        self, name: str, index: int, conversions: Conversions, sources: list[Spec], targets: list[Spec], same: np.ndarray, is_gradient: bool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the conversions of one value: seconds, bytes that they need while they run, bytes of the copies they leave.
-
-        A tensor that is not contiguous is packed first. A gradient's all-reduce waits for its bucket: others lie there packed.
-        """
-        dense = values(self.nodes[name])[index].is_contiguous()  # type: ignore[union-attr]
-        key = (tuple(sources), tuple(targets), is_gradient, dense)
-        if key not in self.chains:
-            seconds = conversions.matrix(sources, targets, bucketed=is_gradient) if targets else np.zeros((len(sources), 0))
-            need, left, reduced = room(conversions, sources, targets)
-            if not dense:
-                need = need + np.array([local_bytes(s, self.sizes) for s in sources], np.int64)[:, None]
-            if is_gradient and self.gradient_bytes > BUCKET_BYTES:
-                need = need + reduced * BUCKET_BYTES
-            elif is_gradient:  # all in one bucket
-                left = left + reduced * left
-            self.chains[key] = seconds, need * ~same, np.max(left * ~same, axis=0, initial=0)
-        return self.chains[key]
+        return value, (Specs(convert, sources), Specs(convert, targets))
 
     def born(self, name: str) -> int:
         """The moment at which a value exists: a tangent when backward begins, other ends from the start."""
@@ -290,6 +270,12 @@ class _Build:
     def is_resident(self, name: str) -> bool:
         return self.nodes[name].op != "call_function" and not self.is_tangent(name)
 
+    def node(self, kind: Kind, labels: tuple[str, ...], seconds: np.ndarray, resident: np.ndarray) -> Node:
+        if kind.role != "op":
+            return Node(kind.name, labels, seconds, resident)
+        again = not refusal(self.nodes[kind.members[0]])
+        return Node(kind.name, labels, seconds, resident, tuple(self.moment[m] for m in kind.members), self.is_view(kind.members[0]), again)
+
     def is_view(self, name: str) -> bool:
         return short_name(self.nodes[name]) in FREE
 
@@ -299,7 +285,7 @@ class _Build:
         if kind.role in ("op", "result"):
             return total
         copies = sum(1 + (states if member in trained else 0) for member in kind.members)
-        return total + copies * np.array([local_bytes(specs[0], self.sizes) for specs in kind.gives], dtype=np.int64)  # type: ignore[arg-type]
+        return total + copies * self.conversions.local_bytes(self.column(kind, True, 0))
 
 
 def trained_parameters(program: Program) -> set[str]:
@@ -318,14 +304,15 @@ def build(
     inputs: str = "global",
     random_costs: int | None = None,
     limit_bytes: int | None = None,
-    regather: Sequence[str] = (),
+    regather: frozenset[tuple[str, int]] | Sequence[str] = (),
 ) -> Built:
     """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets.
 
-    states: tensors of a parameter's size that the optimizer keeps. Random costs replace the seconds of ops; pass conversions that
+    states: tensors of a parameter's size that the optimizer keeps. regather: what is converted again in backward, as a plan says it or
+    as `regathered` found it in the program before it was rewritten. Random costs replace the seconds of ops; pass conversions that
     were made with the same seed.
     """
-    work = _Build(program, rules, mesh, inputs, regather)
+    work = _Build(program, rules, conversions, inputs, regather)
     trained = trained_parameters(program)
     priced: dict[tuple, np.ndarray] = {}
     nodes = []
@@ -336,14 +323,14 @@ def build(
             seconds = np.array([random_seconds(random_costs, kind.name, label) for label in labels])
         elif kind.role == "op":
             seconds = _priced(work.nodes[kind.members[0]], kind, mesh, priced)
-        nodes.append(Node(kind.name, labels, seconds * len(kind.members), work.resident(kind, trained, states)))
+        nodes.append(work.node(kind, labels, seconds * len(kind.members), work.resident(kind, trained, states)))
     made, specs, takers = [], [], []
     for group in work.folded().values():
-        value, spec = work.value(group, conversions)
+        value, spec = work.value(group)
         made.append(value)
         specs.append(spec)
         takers.append(tuple(work.uses[group[0]]))
-    problem = Problem(tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes)
+    problem = Problem(tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes, work.forward_end)
     order = tuple(work.ops[min(m // 2, len(work.ops) - 1)] if work.ops else "" for m in range(work.end + 1))
     return Built(problem, tuple(work.kinds.values()), tuple(specs), tuple(takers), order, work.nodes, work.forward_end)
 

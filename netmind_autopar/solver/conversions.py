@@ -132,7 +132,7 @@ def regathered(program: Program, names: Mapping[str, str], entries: Sequence[str
     for entry in map(Entry.parse, entries):
         if entry.name not in found:
             raise PlanError(f"{entry.name!r} names no value", where="regather", try_="undo the edit, or plan again")
-        out.update(found[entry.name][: entry.first])
+        out.update(entry.of(found[entry.name]))
     return frozenset(out)
 
 

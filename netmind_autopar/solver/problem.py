@@ -19,7 +19,7 @@ reads, writes, and what lies waiting:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,12 +29,19 @@ Choice = tuple[int, ...]  # one strategy index per node
 
 @dataclass(frozen=True)
 class Node:
-    """One decision. `seconds[k]` is the compute time of all its instances, `resident[k]` their bytes that always live."""
+    """One decision. `seconds[k]` is the compute time of all its instances, `resident[k]` their bytes that always live.
+
+    moments: when its instances run, ascending; empty for parameters, inputs and results. view: its results are parts of its input
+    and hold it. again: its instances of forward may run a second time in backward.
+    """
 
     name: str
     labels: tuple[str, ...]
     seconds: np.ndarray
     resident: np.ndarray
+    moments: tuple[int, ...] = ()
+    view: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Value:
     room[p, q]        bytes that a conversion needs while it runs, source and copy left out; None for none
     produced[i]       the moment at which instance i is produced
     used[i, t], held[i, t]    when consumer t of instance i takes it, and when it lets go (views hold their base)
+    partial[p]        True where the state holds Partial sums, which are always reduced once
+    rank[i]           position of instance i among all instances of values with this name, in program order
     """
 
     name: str
@@ -74,6 +83,8 @@ class Value:
     held: np.ndarray
     kind: str = "activation"
     room: np.ndarray | None = None
+    rank: tuple[int, ...] = ()
+    partial: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -91,8 +102,8 @@ class Value:
 class Problem:
     """Minimise seconds subject to `limit_bytes` at each of the moments 0 … moments-1.
 
-    `savings` and `transfers` are where recomputation and offloading will list what may be dropped or moved; both are empty
-    until then, and nothing reads them.
+    prices: (moment, seconds per byte) pairs; what memory costs there is part of the objective.
+    forward_end: the last moment of forward; -1 when there is no backward.
     """
 
     nodes: tuple[Node, ...]
@@ -100,8 +111,8 @@ class Problem:
     moments: int = 1
     fixed_bytes: int = 0
     limit_bytes: int | None = None
-    savings: tuple[object, ...] = field(default=())
-    transfers: tuple[object, ...] = field(default=())
+    forward_end: int = -1
+    prices: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,8 @@ def profile(problem: Problem, choice: Sequence[int]) -> np.ndarray:
 
 
 def evaluate(problem: Problem, choice: Sequence[int]) -> tuple[float, int, int]:
-    """(seconds, peak bytes, first moment of the peak) of one choice, counted out exactly and independently of any ILP."""
+    """(objective, peak bytes, first moment of the peak) of one choice, counted out exactly and independently of any ILP."""
     memory = profile(problem, choice)
     moment = int(memory.argmax())
-    return seconds(problem, choice), int(memory[moment]), moment
+    priced = sum(price * float(memory[m]) for m, price in problem.prices)
+    return seconds(problem, choice) + priced, int(memory[moment]), moment

@@ -8,6 +8,7 @@ they are functions of a seed, which is an input of the program, and of counters,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -15,6 +16,7 @@ from torch import fx
 from ..ir.errors import PlanError
 from ..ir.plan import Entry
 from ..ir.program import Draft, Program, is_getitem, values
+from ..rules.algebra import Rule
 from .conversions import value_name
 
 OWN = ("aten", "prims", "autopar")  # ops whose numbers are known to follow from their arguments alone, unless tagged otherwise
@@ -35,6 +37,24 @@ def replay(program: Program, entries: Sequence[str], names: Mapping[str, str]) -
     return new.program, twins
 
 
+@dataclass(frozen=True)
+class Rewritten:
+    """The program that a plan runs, with rules and classes of every op in it. twins: twin -> original."""
+
+    program: Program
+    rules: dict[str, Rule]
+    names: dict[str, str]
+    twins: Mapping[str, str]
+
+
+def rewritten(program: Program, rules: Mapping[str, Rule], names: Mapping[str, str], entries: Sequence[str]) -> Rewritten:
+    """What pricing and lowering both look at: ops that run again stand in backward, those that run only there in backward alone."""
+    changed, twins = replay(program, entries, names)
+    more = {twin: rules[old] for twin, old in twins.items()}
+    known = {twin: names[old] for twin, old in twins.items()}
+    return Rewritten(without_dead(changed, twins.values()), {**rules, **more}, {**names, **known}, twins)
+
+
 def chosen_ops(program: Program, entries: Sequence[str], names: Mapping[str, str]) -> set[str]:
     """The ops that `Plan.recompute` names. Raises PlanError as `replay` does."""
     members: dict[str, list[fx.Node]] = {}
@@ -47,7 +67,7 @@ def chosen_ops(program: Program, entries: Sequence[str], names: Mapping[str, str
         found = members.get(entry.name)
         if found is None or entry.tier != "host":
             raise PlanError(f"{text!r} names no op", where=f"recompute: {text}", try_="undo the edit, or plan again")
-        for node in found[: entry.first]:
+        for node in entry.of(found):
             if why := refusal(node):
                 raise PlanError(f"{node.name} cannot be recomputed", where=f"recompute: {text}", why=why, try_="drop the entry")
             out.add(node.name)
@@ -159,6 +179,6 @@ def offloaded(program: Program, entries: Sequence[str], names: Mapping[str, str]
         entry = Entry.parse(text)
         if entry.name not in found:
             raise PlanError(f"{text!r} names no value that forward computes", where=f"offload: {text}", try_="undo the edit, or plan again")
-        for value in found[entry.name][: entry.first]:
+        for value in entry.of(found[entry.name]):
             out.setdefault(value, entry.tier)
     return out

@@ -86,10 +86,21 @@ def solve_problem(problem: Problem, *, allowed: Kept | None = None, time_limit: 
     return _within_limit(problem, kept, first, gap, deadline)
 
 
+def quick(problem: Problem, allowed: Kept | None, deadline: float, gap: float = 1e-3) -> Solution:
+    """A good choice without an integer program, and a bound that holds; the limit is not looked at."""
+    kept = reduce(problem, allowed)
+    if not all(kept):
+        return Solution(None, math.inf, math.inf, milp.INFEASIBLE)
+    state = _tighten(replace(problem, limit_bytes=None), kept, gap, deadline, rounds=2)
+    return Solution(state.best, state.best_s, min(state.bound, state.best_s), milp.FEASIBLE)
+
+
 def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, rounds: int = 25, sweeps: int = 20) -> State:
     """Bound, plans and pruning without memory, until what is left suits the ILP."""
     state, moments = State(kept), Moments(problem)
-    relaxed, local = Relaxed(problem, kept, moments), Local(problem, kept, {}, moments)
+    prices = dict(problem.prices)
+    relaxed, local = Relaxed(problem, kept, moments), Local(problem, kept, prices, moments)
+    relaxed.reprice(prices, 0.0)
     for round_ in range(rounds):
         start = relaxed.bound()
         for sweep in range(sweeps):

@@ -78,6 +78,8 @@ class Shard:
                     self._charge(float(node.seconds[k]), expr)
             for v in range(len(problem.values)):
                 self._price(v)
+            for m, price in problem.prices:
+                self._charge(price, self.memory(m))
             self._break_ties()
 
     def _choices(self, i: int) -> dict[int, Expr]:
@@ -190,8 +192,8 @@ class Shard:
                     for var in expr.keys() - {ONE}:
                         self.model.cost[var] += self.tie * float(weight[k]) / total
 
-    def memory_row(self, moment: int, limit: float) -> int:
-        """Memory at `moment` stays within `limit` (or within the peak variable). Returns the row's number."""
+    def memory(self, moment: int) -> Expr:
+        """Bytes at `moment`."""
         parts: list[tuple[float, Expr]] = [(1.0, {ONE: float(self.problem.fixed_bytes)})]
         for i, node in enumerate(self.problem.nodes):
             parts += [(float(node.resident[k]), expr) for k, expr in self.x[i].items() if node.resident[k]]
@@ -199,7 +201,11 @@ class Shard:
             for pattern in patterns(value, moment):
                 found = (*self._source_bytes(v, pattern), *self._copy_bytes(v, pattern), *self._room_bytes(v, pattern))
                 parts += [(pattern.count * b, e) for b, e in found]
-        expr = add(*parts)
+        return add(*parts)
+
+    def memory_row(self, moment: int, limit: float) -> int:
+        """Memory at `moment` stays within `limit` (or within the peak variable). Returns the row's number."""
+        expr = self.memory(moment)
         unit = 1.0 / max(limit, 1.0)
         if self.peak is not None:
             expr[self.peak] = -float(limit)

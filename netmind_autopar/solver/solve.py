@@ -11,7 +11,7 @@ from ..costs.comm import Conversions
 from ..costs.memory import optimizer_states
 from ..ir.errors import InfeasibleError, PlanError, SolverError
 from ..ir.mesh import Mesh
-from ..ir.plan import ALL, Plan, PlanAxis, PlanDevice
+from ..ir.plan import Plan, PlanAxis, PlanDevice
 from ..ir.program import Program
 from ..rules.algebra import Rule, Strategy, is_legal, strategies
 from ..tracer.hash import graph_hash as hash_of
@@ -23,6 +23,7 @@ from .fold import classes
 from .memory import largest
 from .pins import Pin, pinned
 from .problem import Choice, evaluate
+from .saving.decide import Task, within
 from .search import solve_problem
 from .shard import Solution
 
@@ -51,20 +52,19 @@ def solve(
     time_limit: seconds for the solver, after which the best plan found is returned as "feasible" with its true gap. gap: relative.
     Raises InputError (pins, optimizer), InfeasibleError (nothing fits), SolverError (nothing found in time).
     """
-    start = time.process_time()
+    start, clock = time.process_time(), time.monotonic()
     limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
     states = optimizer_states(optimizer)
     conversions = Conversions(mesh, random_costs)
-    regather: tuple[str, ...] = ()
-    built = build(program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=None)
+    task = Task(program, rules, mesh, conversions, inputs, states)
+    built = task.build()
     allowed = pinned(program, built, mesh, pins or {}, forbid or {})
     found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
-    if found.choice is None or evaluate(built.problem, found.choice)[1] > limit:
-        regather = (ALL,)
-        built = build(
-            program, rules, mesh, conversions, states=states, inputs=inputs, random_costs=random_costs, limit_bytes=limit, regather=regather
-        )
-        found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
+    recompute: tuple[str, ...] = ()
+    regather: tuple[str, ...] = ()
+    if found.choice is not None and evaluate(built.problem, found.choice)[1] > limit:
+        left = max(time_limit - (time.monotonic() - clock), 1.0)
+        built, found, recompute, regather = within(task, built, found, limit, allowed=allowed, time_limit=left, gap=gap)
     if found.choice is None or found.seconds == math.inf:
         raise _refusal(built, found, limit, bool(pins or forbid))
     plan = assemble(
@@ -78,6 +78,7 @@ def solve(
         limit=limit,
         optimizer=optimizer,
         inputs=inputs,
+        recompute=recompute,
         regather=regather,
     )
     return plan.timed(time.process_time() - start)
@@ -95,6 +96,7 @@ def assemble(
     limit: int | None,
     optimizer: str,
     inputs: Literal["global", "local"],
+    recompute: tuple[str, ...] = (),
     regather: tuple[str, ...] = (),
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
@@ -110,6 +112,7 @@ def assemble(
         optimizer=optimizer,
         inputs=inputs,
         choices=choices,
+        recompute=recompute,
         regather=regather,
         cost=cost,
         mesh=tuple(PlanAxis(name=a.name, size=a.size, bandwidth_bytes_s=a.bandwidth_bytes_s, latency_s=a.latency_s) for a in mesh.axes),
@@ -143,7 +146,8 @@ def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> Infeasi
     node = built.nodes.get(built.order[moment])
     tensors = ", ".join(f"{name} {_size(size)}" for name, size in largest(built.problem, found.choice, moment))
     known = found.least_bytes
-    proven = "" if known >= 0.99 * need else f" (the least that was found; proven is only that {_size(known)} are)"
+    proven = "" if known >= 0.99 * need else f"; proven is only that {_size(known)} are" if known else ""
+    proven = proven and f" (the least that was found{proven})" if known else " (the least that was found)"
     return InfeasibleError(
         f"no plan fits into {limit} bytes ({_size(limit)}) per device: {need} bytes ({_size(need)}) are needed{proven}",
         where=(node.meta.get("where") or node.name) if node is not None else "",

@@ -1,0 +1,137 @@
+"""A plan that fits: from the cheapest sharding, which does not, to one whose recomputation and regathering is written down by name."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...costs.comm import Conversions
+from ...ir.mesh import Mesh
+from ...ir.plan import ALL, entries_of
+from ...ir.program import Program
+from ...rules.algebra import Rule
+from .. import milp
+from ..build import Built, build
+from ..conversions import end_rules, regathered
+from ..fold import classes
+from ..presolve import Kept, cells, reduce
+from ..problem import Choice, Problem, evaluate
+from ..replay import rewritten
+from ..search import solve_problem
+from ..shard import Solution
+from .joint import Joint, solve_joint
+from .tape import Saved
+
+Decision = tuple[Built, Solution, tuple[str, ...], tuple[str, ...]]  # what was solved, the solution, `recompute` and `regather`
+EXACT_CELLS = 1_500  # a problem of this size is solved without recomputation too, exactly
+TRIES = 4  # rounds of asking for less where the tape saw less than the rewritten program needs
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is planned, and how its problem is built for any way of saving memory."""
+
+    program: Program
+    rules: Mapping[str, Rule]
+    mesh: Mesh
+    conversions: Conversions
+    inputs: str
+    states: int
+
+    @functools.cached_property
+    def known(self) -> tuple[dict[str, Rule], dict[str, str]]:
+        """The rules of all nodes, ends included, and their classes."""
+        rules = {**end_rules(self.program, self.inputs), **self.rules}
+        return rules, classes(self.program, rules)
+
+    def build(self, recompute: tuple[str, ...] = (), regather: tuple[str, ...] = (), limit: int | None = None) -> Built:
+        """The problem of the program that runs when this is recomputed and regathered."""
+        program, rules, again = self.program, self.rules, frozenset()  # type: ignore[var-annotated]
+        if recompute or regather:
+            known, names = self.known
+            again = regathered(program, names, regather)
+            new = rewritten(program, known, names, recompute)
+            program, rules = new.program, new.rules
+        seed = self.conversions.random_costs
+        return build(
+            program,
+            rules,
+            self.mesh,
+            self.conversions,
+            states=self.states,
+            inputs=self.inputs,
+            random_costs=seed,
+            limit_bytes=limit,
+            regather=again,
+        )
+
+
+def within(task: Task, built: Built, first: Solution, limit: int, *, allowed: Kept | None, time_limit: float, gap: float) -> Decision:
+    """The cheapest plan found that stays within `limit` bytes; `first` is the cheapest without a limit.
+
+    When nothing fits, the solution has status "infeasible", infinite seconds, and the choice with the least peak that was found.
+    """
+    assert first.choice is not None
+    deadline = time.monotonic() + time_limit
+    found: Decision | None = None
+    asked, joint = limit, None
+    for _ in range(TRIES):
+        left = max(deadline - time.monotonic(), 1.0)
+        joint = solve_joint(built.problem, first.choice, asked, allowed=allowed, bound=first.bound, gap=gap, time_limit=left)
+        found = _written(task, built, joint, limit, gap)
+        peak = evaluate(found[0].problem, _choice(found))[1]
+        if not joint.fits or peak <= limit:
+            break
+        asked -= peak - limit
+    assert found is not None and joint is not None
+    if joint.fits and cells(built.problem, reduce(built.problem, allowed)) > EXACT_CELLS:
+        return found
+    left = max(deadline - time.monotonic(), 1.0)
+    other = _without_recompute(task, limit, allowed=allowed, bound=joint.bound, time_limit=left, gap=gap)
+    return min((found, other), key=lambda decision: (decision[1].seconds, evaluate(decision[0].problem, _choice(decision))[1]))
+
+
+def _choice(decision: Decision) -> Choice:
+    assert decision[1].choice is not None
+    return decision[1].choice
+
+
+def _written(task: Task, built: Built, joint: Joint, limit: int, gap: float) -> Decision:
+    """The joint plan as names, counted out on the rewritten program."""
+    recompute, regather = entries(built.problem, joint.saved)
+    new = task.build(recompute, regather, limit)
+    at = {kind.name: k for kind, k in zip(built.kinds, joint.choice, strict=True)}
+    choice = tuple(at[kind.name] for kind in new.kinds)
+    seconds, peak, _ = evaluate(new.problem, choice)
+    if peak > limit:
+        return new, Solution(choice, math.inf, joint.bound, milp.INFEASIBLE), recompute, regather
+    bound = min(joint.bound, seconds)
+    closed = seconds - bound <= gap * abs(seconds)
+    return new, Solution(choice, seconds, bound, milp.OPTIMAL if closed else milp.FEASIBLE), recompute, regather
+
+
+def _without_recompute(task: Task, limit: int, *, allowed: Kept | None, bound: float, time_limit: float, gap: float) -> Decision:
+    """The best plan that runs nothing twice but collectives. Its own bound says nothing about plans that do."""
+    regather = (ALL,)
+    built = task.build((), regather, limit)
+    found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
+    if found.choice is None or found.seconds == math.inf:
+        return built, found, (), regather
+    closed = found.seconds - bound <= gap * abs(found.seconds)
+    return built, replace(found, bound=bound, status=milp.OPTIMAL if closed else milp.FEASIBLE), (), regather
+
+
+def entries(problem: Problem, saved: Saved) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`recompute` and `regather` of a plan: names, with a slice where not all members are meant."""
+    recompute: list[str] = []
+    for n, ranks in sorted(saved.recompute.items()):
+        node = problem.nodes[n]
+        recompute += entries_of(node.name, ranks, sum(1 for m in node.moments if m <= problem.forward_end))
+    sizes: dict[str, int] = {}
+    for value in problem.values:
+        sizes[value.name] = sizes.get(value.name, 0) + value.count
+    regather = [entry for name, ranks in sorted(saved.regather.items()) for entry in entries_of(name, ranks, sizes[name])]
+    return tuple(recompute), tuple(regather)

@@ -1,0 +1,121 @@
+"""Sharding and what is kept for backward, decided together under one limit.
+
+1. fit         at the cheapest sharding: what to make again so that it fits, and what memory is then worth      mix.fit
+2. price       at such prices, whatever waits for backward may be made again: the cheapest sharding now          price.priced
+3. repeat      with that sharding, at several shares of the price; keep the cheapest plan and the best bound
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..presolve import Kept
+from ..problem import Choice, Problem
+from ..search import quick
+from .cut import Cut
+from .mix import Fit, fit, least
+from .price import priced, shares
+from .tape import Saved, Tape
+
+SHARES = (1.0, 0.5, 0.2)  # of the price of memory at which shardings are tried
+ROUNDS = 3
+FIRST = (0.03, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per limit, times this
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A sharding and what is saved under it. seconds and peak as the tape counts them; no plan within the limit takes less than `bound`.
+
+    When nothing fits, `fits` is False and the plan is the one with the least peak that was found."""
+
+    choice: Choice
+    saved: Saved
+    seconds: float
+    peak: int
+    bound: float
+    fits: bool
+    prices: Mapping[int, float]
+
+
+class _Search:
+    def __init__(self, problem: Problem, allowed: Kept | None, limit: int, bound: float, gap: float, deadline: float) -> None:
+        self.problem, self.allowed, self.limit = problem, allowed, limit
+        self.bound, self.gap, self.deadline = bound, gap, deadline
+        self.tried: dict[Choice, Fit | None] = {}
+        self.best: tuple[float, Choice, Fit] | None = None
+        self.smallest: tuple[int, Choice, Saved] | None = None
+
+    def offer(self, choice: Choice) -> tuple[Cut, Fit | None]:
+        tape = Tape(self.problem, choice)
+        cut = Cut(tape)
+        if choice not in self.tried:
+            found = self.tried[choice] = fit(tape, cut, self.limit)
+            if found is not None and (self.best is None or found.run.seconds < self.best[0]):
+                self.best = found.run.seconds, choice, found
+            if self.best is None:
+                saved, run = least(tape, cut)
+                if self.smallest is None or run.peak < self.smallest[0]:
+                    self.smallest = run.peak, choice, saved
+        return cut, self.tried[choice]
+
+    def step(self, cut: Cut, prices: Mapping[int, float], found: Fit | None) -> Choice | None:
+        """The sharding that is cheapest at these prices."""
+        relaxed, constant = priced(cut, prices, shares(cut, found.answer if found else None), self.limit)
+        answer = quick(relaxed, self.allowed, self.deadline)
+        self.bound = max(self.bound, answer.bound + constant)
+        return answer.choice
+
+    def closed(self) -> bool:
+        done = self.best is not None and self.best[0] - self.bound <= self.gap * self.best[0]
+        return done or time.monotonic() > self.deadline
+
+
+def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | None, bound: float, gap: float, time_limit: float) -> Joint:
+    """The cheapest plan found within `limit` bytes, started from the sharding `first`, the cheapest without a limit.
+
+    bound: seconds that no plan beats, proven without the limit. time_limit: wall-clock seconds.
+    """
+    search = _Search(problem, allowed, limit, bound, gap, time.monotonic() + time_limit)
+    cut, found = search.offer(first)
+    if found is None:
+        _fall(search, cut)
+    for _ in range(ROUNDS):
+        if search.best is None or search.closed():
+            break
+        seconds, choice, found = search.best
+        cut = search.offer(choice)[0]
+        for share in SHARES:
+            other = search.step(cut, {m: price * share for m, price in found.prices.items()}, found)
+            if other is not None:
+                search.offer(other)
+            if search.closed():
+                break
+        if search.best[0] >= seconds * (1 - 1e-6):
+            break
+    return _result(search)
+
+
+def _fall(search: _Search, cut: Cut) -> None:
+    """Nothing fits at the cheapest sharding: make memory dearer until a sharding is found under which something does."""
+    run = cut.tape.run()  # no number here depends on the limit: what a refusal says is needed is then found
+    unit = run.seconds / max(run.peak, 1)
+    for factor in FIRST:
+        moment = int(cut.base.argmax())
+        choice = search.step(cut, {moment: unit * factor}, None)
+        if choice is None:
+            return
+        cut, found = search.offer(choice)
+        if found is not None or time.monotonic() > search.deadline:
+            return
+
+
+def _result(search: _Search) -> Joint:
+    if search.best is not None:
+        seconds, choice, found = search.best
+        return Joint(choice, found.saved, seconds, found.run.peak, min(search.bound, seconds), True, found.prices)
+    assert search.smallest is not None
+    peak, choice, saved = search.smallest
+    return Joint(choice, saved, math.inf, peak, search.bound, False, {})

@@ -1,0 +1,170 @@
+"""From shares to layers: the first k layers do what a dearer price of memory asks for, the others what a cheaper one does.
+
+The linear program of cut.py says what memory is worth. At prices a little below and a little above that, its solutions are whole:
+two ways to treat a layer, one that fits if all layers took it and one that does not. The first layers take the first: what they
+keep would wait the longest. How many must is found by running the tape, so whatever the program does not see (what an op that runs
+again needs meanwhile) is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cut import Answer, Cut, Way
+from .tape import Run, Saved, Tape
+
+ROWS = 8  # rounds of adding crowded moments
+HALVES, CLOSE = 7, 5e-3  # steps, and relative distance, at which the search for the least peak ends
+TRIES = 6  # rounds of asking for less because a run needed more than the program saw
+EDGE = 1e-3  # the cheaper way's price is lower by this share,
+DEARER = (1 + EDGE, 1.1, 1.5, 3.0, 10.0)  # the dearer way's price is this times the right one
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What to do so that a choice fits, what that costs, and what memory is worth: seconds per byte at crowded moments."""
+
+    saved: Saved
+    run: Run
+    prices: Mapping[int, float]
+    answer: Answer
+
+
+def fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
+    """The cheapest found way to stay within `limit` bytes; None when there is none."""
+    found, first = _approach(tape, cut, limit)
+    if found is not None and first is not None:
+        return Fit(*found, first.prices, first)
+    saved, run = least(tape, cut)
+    if run.peak <= limit and (answer := first or cut.solve(prices={})):
+        return Fit(saved, run, answer.prices, answer)
+    return None
+
+
+def _approach(tape: Tape, cut: Cut, limit: int) -> tuple[tuple[Saved, Run] | None, Answer | None]:
+    """Ask for less and less until a run of the tape fits. Also the first answer of the linear program."""
+    asked = limit
+    first: Answer | None = None
+    for _ in range(TRIES):
+        answer = crowd(cut, asked)
+        if answer is None:
+            break
+        first = first or answer
+        found, over = _between(tape, cut, answer, limit)
+        if found is not None:
+            return found, first
+        asked -= max(int(1.1 * over), limit // 500)
+    return None, first
+
+
+def least(tape: Tape, cut: Cut) -> tuple[Saved, Run]:
+    """The way with the least peak that was found, whatever it costs. It does not depend on any limit."""
+    if cut.least is None:
+        top = tape.run()
+        price = 1e3 * (top.seconds + 1e-12) / max(top.peak, 1)
+        crowded = {int(cut.base.argmax()), min(max(cut.end + 1, 0), cut.problem.moments - 1), top.peak_moment}
+        answer = cut.solve(prices=dict.fromkeys(crowded, price))
+        assert answer is not None
+        saved = blend(cut, cut.way(answer), cut.way(answer), 0)
+        best = min(((saved, tape.run(saved)), (Saved(), top)), key=lambda pair: pair[1].peak)
+        low, high = int(cut.base.max()), best[1].peak
+        for _ in range(HALVES):
+            if high - low <= CLOSE * high:
+                break
+            middle = (low + high) // 2
+            found, _ = _approach(tape, cut, middle)
+            if found is None:
+                low = middle
+            else:
+                best, high = found, found[1].peak
+        cut.least = best
+    return cut.least
+
+
+def _between(tape: Tape, cut: Cut, answer: Answer, limit: int) -> tuple[tuple[Saved, Run] | None, int]:
+    """Mix the two ways around the right prices; the one that saves more is sought among ever dearer prices."""
+    less = _way(cut, answer, 1 - EDGE)
+    over, seen = 0, None
+    for side in DEARER:
+        more = _way(cut, answer, side)
+        if more == seen or more == less:
+            continue
+        seen = more
+        found, over = _layers(tape, cut, less, more, limit)
+        if found is not None:
+            return found, 0
+        less = more
+    if seen is None:
+        found, over = _layers(tape, cut, less, less, limit)
+    return (found if seen is None else None), over
+
+
+def crowd(cut: Cut, limit: int) -> Answer | None:
+    """The linear program with the rows of all moments that matter."""
+    sizes = np.array([thing.bytes for thing in cut.things], np.int64)
+    rows = [int(cut.base.argmax())]
+    start = cut.base + sizes @ (cut.gap * np.array([thing.needed for thing in cut.things])[:, None]) if len(sizes) else cut.base
+    rows += [m for m in (int(start.argmax()),) if m not in rows]
+    answer: Answer | None = None
+    for _ in range(ROWS):
+        answer = cut.solve(limit=limit, rows=rows)
+        if answer is None:
+            return None
+        profile = cut.base + (sizes * answer.kept) @ cut.gap if len(sizes) else cut.base
+        worst = int(profile.argmax())
+        if profile[worst] <= limit * (1 + 1e-6) or worst in rows:
+            break
+        rows.append(worst)
+    return answer
+
+
+def _way(cut: Cut, answer: Answer, side: float) -> Way:
+    """What is best at `side` times the prices."""
+    found = cut.solve(prices={m: price * side for m, price in answer.prices.items()})
+    assert found is not None, "without rows there is always a solution"
+    return cut.way(found)
+
+
+def _layers(tape: Tape, cut: Cut, less: Way, more: Way, limit: int) -> tuple[tuple[Saved, Run] | None, int]:
+    """The fewest layers that must save more. Otherwise None and by how many bytes the best misses."""
+    low, high = 0, cut.layers + 1
+    runs: dict[int, tuple[Saved, Run]] = {}
+
+    def at(k: int) -> Run:
+        if k not in runs:
+            saved = blend(cut, less, more, k)
+            runs[k] = saved, tape.run(saved)
+        return runs[k][1]
+
+    if at(high).peak > limit:
+        return None, min(run.peak for _, run in runs.values()) - limit
+    while low < high:
+        middle = (low + high) // 2
+        if at(middle).peak <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    at(high)
+    return runs[high], 0
+
+
+def blend(cut: Cut, less: Way, more: Way, k: int) -> Saved:
+    """The first k layers save more; at k = layers + 1 what is outside of all layers does too."""
+
+    def chosen(layer: int) -> bool:
+        return 0 <= layer < k or k > cut.layers
+
+    recompute: dict[int, set[int]] = {}
+    for j in sorted(less.parts | more.parts):
+        part = cut.parts[j]
+        ranks = {op.rank for op in part.ops if j in less.parts or chosen(cut.layer(op))}
+        recompute.setdefault(part.node, set()).update(ranks)
+    regather: dict[str, set[int]] = {}
+    for i in sorted(less.copies | more.copies):
+        thing = cut.things[i]
+        items = {cut.tape.rank[t] for t in thing.items if i in less.copies or chosen(cut.layer_of(thing, t))}
+        regather.setdefault(cut.problem.values[thing.value].name, set()).update(items)
+    return Saved({n: frozenset(c) for n, c in recompute.items() if c}, {n: frozenset(c) for n, c in sorted(regather.items()) if c})

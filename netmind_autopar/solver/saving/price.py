@@ -1,0 +1,294 @@
+"""The problem of sharding when whatever waits for backward may also be made again: a relaxation whose optimum bounds every plan.
+
+Memory at moment m costs λ_m, so the limit becomes a term -Σ λ_m limit. What only waits for backward at m then pays the cheapest of
+its ways. Per op of forward and strategy k, summed over its instances i (Λ_i: the prices of the moments in the gap of instance i):
+
+    φ_n(k) = Σ_i min over r, kept_v, a_v ∈ {0, 1}, kept_v ≥ a_v - r  of  r (seconds_n(k) + Y_n(k)) + Σ_v (kept_v Λ_i bytes_v - z_v a_v)
+
+with a_v = 1 for what an op of backward takes. That an op which runs again needs its inputs is a constraint between ops. It is priced:
+the op pays y_t(q) for having its input in layout q, the input earns z_t(p) for being there in layout p, and the edge between both pays
+
+    min(0, min(Λ copy, C(p, q) + z_t(p)) - y_t(q)),   for equal layouts  -max(0, y_t - z_t)
+
+Any y, z ≥ 0 give a bound. Good ones are what availability costs: α_v(p) = min(Λ bytes_v(p), min over k of seconds(k) + Y(k)), of which
+each op that may run again bears its share, z_t = share_t α_v and y_t(q) = min_p (share C(p, q) + z_t(p)). The shares are taken from
+the linear program of cut.py at the choice in hand.
+
+A conversion that both phases want is made twice or kept: C for one of them, C + e = C + min(C, Λ (copy - least bytes kept)) for
+both. Charging forward e, backward e and both together C - e is the same, so two values say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..problem import BACKWARD, FORWARD, Node, Problem, Value
+from .cut import Answer, Cut
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of value v's cost of being there, and of its copy's, what consumer t bears when it runs again; what it pays for v being kept."""
+
+    value: Mapping[tuple[int, int], float]
+    copy: Mapping[tuple[int, int], float]
+    kept: Mapping[tuple[int, int], float]
+
+
+def shares(cut: Cut, answer: Answer | None) -> Shares:
+    """As in the linear program at its solution; where that says nothing, equal ones."""
+    problem = cut.problem
+    tables: tuple[dict[tuple[int, int], float], ...] = ({}, {}, {})  # of copies, of values, for keeping
+    for (j, i), numbers in (answer.links if answer else {}).items():
+        v = cut.things[i].value
+        takers = [t for t, c in enumerate(problem.values[v].consumers) if c.node == cut.parts[j].node and c.phase == FORWARD]
+        for table, number in zip(tables, numbers, strict=True):
+            if takers and number:
+                table[v, takers[0]] = table.get((v, takers[0]), 0.0) + number
+    copy, value, kept = tables
+    for v, item in enumerate(problem.values):
+        takers = [t for t, c in enumerate(item.consumers) if c.phase == FORWARD and problem.nodes[c.node].again]
+        for table in (copy, value):
+            total = sum(table.get((v, t), 0.0) for t in takers)
+            for t in takers:
+                table[v, t] = table.get((v, t), 0.0) / total if total > 0.0 else 1.0 / len(takers)
+    return Shares(value, copy, kept)
+
+
+def priced(cut: Cut, prices: Mapping[int, float], shares: Shares, limit: int) -> tuple[Problem, float]:
+    """The relaxation and the constant to add to its objective: the sum bounds the seconds of every plan within `limit`."""
+    problem = cut.problem
+    work = _Priced(cut, prices, shares)
+    values = [new for v in range(len(problem.values)) for new in work.split(v)]
+    ordered = tuple(sorted(prices.items()))
+    made = Problem(tuple(work.nodes), tuple(values), problem.moments, problem.fixed_bytes, None, problem.forward_end, ordered)
+    return made, -sum(prices.values()) * limit - work.shift
+
+
+class _Priced:
+    def __init__(self, cut: Cut, prices: Mapping[int, float], shares: Shares) -> None:
+        self.problem, self.choice, self.shares, self.shift = cut.problem, cut.tape.choice, shares, 0.0
+        problem = cut.problem
+        self.total = np.zeros(problem.moments + 1)  # price of the moments before m
+        for m, price in prices.items():
+            self.total[m + 1 :] += price
+        self.made_by: dict[int, list[int]] = {}
+        for v, value in enumerate(problem.values):
+            self.made_by.setdefault(value.node, []).append(v)
+        until = [np.full(value.count, -1) for value in problem.values]
+        for t, v in enumerate(cut.tape.value):
+            if cut.tape.source[t] < 0:
+                until[v][cut.tape.item[t]] = min(cut.until[t], problem.moments)
+        self.gaps = [self._gap(value, ends) for value, ends in zip(problem.values, until, strict=True)]
+        self.takes: dict[int, list[tuple[int, int]]] = {}
+        for v, value in enumerate(problem.values):
+            for t, consumer in enumerate(value.consumers):
+                if consumer.phase == FORWARD and problem.nodes[consumer.node].again:
+                    self.takes.setdefault(consumer.node, []).append((v, t))
+        self.pays: dict[tuple[int, int], np.ndarray] = {}  # y per target state, all instances together
+        self.earns: dict[tuple[int, int], np.ndarray] = {}  # z per source state: for being there,
+        self.keeps: dict[tuple[int, int], np.ndarray] = {}  # and for being kept
+        self.nodes = list(problem.nodes)
+        first = sorted((node.moments[0], n) for n, node in enumerate(problem.nodes) if node.again)
+        for v, value in enumerate(problem.values):
+            if not problem.nodes[value.node].again:
+                self._earn(v, np.zeros(len(value.bytes)))
+                self._pay(v, problem.nodes[value.node].seconds + sum(prices.values()) * problem.nodes[value.node].resident, 1)
+        for _, n in first:
+            self._node(n)
+
+    def _gap(self, value: Value, until: np.ndarray) -> np.ndarray:
+        """Per instance the prices of the moments at which it only waits for backward, whatever is chosen."""
+        end = self.problem.forward_end
+        start = value.produced.copy()
+        for t in self._phases(value)[0]:
+            held = value.held[:, t]
+            start = np.maximum(start, np.where(held <= end + 1, held, value.used[:, t] + 1))
+        until = np.where(until < self.problem.moments, until, 0)
+        return np.where(until > start + 1, self.total[until] - self.total[np.minimum(start + 1, len(self.total) - 1)], 0.0)
+
+    def _phases(self, value: Value) -> tuple[list[int], list[int]]:
+        takers = range(len(value.consumers))
+        return [t for t in takers if value.consumers[t].phase == FORWARD], [t for t in takers if value.consumers[t].phase == BACKWARD]
+
+    def _is_saved(self, value: Value) -> bool:
+        """Made in forward, by an op that may run again or given, with something to gain in between."""
+        return value.kind != "gradient" and bool(value.produced.max(initial=0) <= self.problem.forward_end)
+
+    def least(self, value: Value) -> np.ndarray:
+        """Per source state the bytes that keeping it in any form needs."""
+        backward = self._phases(value)[1]
+        own = value.bytes.astype(float)
+        if not backward:
+            return own
+        states = np.unique(np.concatenate([value.consumers[t].state for t in backward]))
+        copies = np.where(value.same[:, states], value.bytes[:, None], value.copy_bytes[states][None, :])
+        return np.minimum(own, copies.min(axis=1))
+
+    def _node(self, n: int) -> None:
+        """φ of one node, and what having its results costs."""
+        node, pays = self.problem.nodes[n], np.zeros(len(self.problem.nodes[n].labels))
+        for v, t in self.takes.get(n, ()):
+            if (v, t) not in self.pays:  # made by a later class: in another layer, where it must be kept
+                self._earn(v, np.zeros(len(self.problem.values[v].bytes)))
+                self._pay(v, self.problem.nodes[self.problem.values[v].node].seconds, 1)
+            pays += self.pays[v, t][self.problem.values[v].consumers[t].state]
+        again = node.seconds + pays
+        saved = [v for v in self.made_by.get(n, ()) if self._is_saved(self.problem.values[v])]
+        for v in saved:
+            value = self.problem.values[v]
+            cost = np.full(len(value.bytes), np.inf)
+            np.minimum.at(cost, value.state, again)
+            if not node.view:
+                cost = np.minimum(cost, self.gaps[v].sum() * self.least(value))
+            needed = bool(self._phases(value)[1])
+            self._earn(v, np.zeros(len(cost)) if needed else np.where(np.isfinite(cost), cost, 0.0))
+        if saved:
+            self.nodes[n] = replace(node, seconds=node.seconds + self._ways(node, saved, again))
+        for v in saved:
+            self._pay(v, self.nodes[n].seconds, len(saved))
+
+    def _takers(self, v: int) -> list[int]:
+        consumers = enumerate(self.problem.values[v].consumers)
+        return [t for t, c in consumers if c.phase == FORWARD and self.problem.nodes[c.node].again]
+
+    def _earn(self, v: int, cost: np.ndarray) -> None:
+        """What value v earns by being there when ops run again, if being there costs this per source state."""
+        value = self.problem.values[v]
+        for t in self._takers(v):
+            if (v, t) not in self.earns:
+                self.earns[v, t] = self.shares.value.get((v, t), 0.0) * cost
+                self.keeps[v, t] = self.shares.kept.get((v, t), 0.0) * value.bytes / max(float(value.bytes.max(initial=0)), 1.0)
+
+    def _pay(self, v: int, own: np.ndarray, values: int) -> None:
+        """What ops that run again pay for value v. `own`: what the strategies of its node cost by themselves; states that make the node
+        dearer are worth less, up to the value's part of that."""
+        value = self.problem.values[v]
+        dearer = np.full(len(value.bytes), np.inf)
+        np.minimum.at(dearer, value.state, np.maximum(own - own[self.choice[value.node]], 0.0))
+        seconds = np.where(np.isfinite(value.seconds), value.seconds * value.count, np.inf)
+        keep = self.gaps[v].sum() * value.copy_bytes[None, :].astype(float)
+        for t in self._takers(v):
+            if (v, t) not in self.pays:
+                having = (self.earns[v, t] + self.keeps[v, t])[:, None]
+                table = np.where(value.same, having, np.minimum(keep, seconds) * self.shares.copy.get((v, t), 0.0) + having)
+                least = (table + (self.shares.value.get((v, t), 0.0) / values * dearer)[:, None]).min(axis=0)
+                self.pays[v, t] = np.where(np.isfinite(least), least, 0.0)
+
+    def _ways(self, node: Node, values: list[int], again: np.ndarray) -> np.ndarray:
+        """φ of one node, per strategy; `again` is what running all instances again costs."""
+        at = {m: i for i, m in enumerate(node.moments)}
+        kept = np.zeros((len(node.moments), len(node.labels)))  # cost when it does not run again
+        made = np.zeros_like(kept) + again[None, :] / len(node.moments)
+        for v in values:
+            value = self.problem.values[v]
+            rows = np.array([at[int(m)] for m in value.produced])
+            price = self.gaps[v][:, None] * self.least(value)[value.state][None, :]
+            takers = [t for u, t in self.earns if u == v]
+            earn = np.sum([self.earns[v, t] for t in takers], axis=0)[value.state][None, :] / value.count if takers else 0.0
+            keep = np.sum([self.keeps[v, t] for t in takers], axis=0)[value.state][None, :] / value.count if takers else 0.0
+            needed = bool(self._phases(value)[1])
+            if node.view:
+                kept[rows] = np.inf if needed else kept[rows]
+                made[rows] -= 0.0 if needed else earn
+            elif needed:  # a = 1
+                kept[rows] += price - keep
+                made[rows] += np.minimum(0.0, price - keep)
+            else:
+                kept[rows] += np.minimum(0.0, price - earn - keep)
+                made[rows] += np.minimum(0.0, price - keep) - earn
+        return np.minimum(kept, made).sum(axis=0)
+
+    def split(self, v: int) -> list[Value]:
+        value = self.problem.values[v]
+        forward, backward = self._phases(value)
+        out: list[Value] = []
+        if not self._is_saved(value) or not self.gaps[v].any():
+            out = [value]
+        else:
+            extra = self._extra(v)
+            if forward and backward:
+                rest = np.where(np.isfinite(value.seconds), value.seconds, 0.0) - extra
+                out.append(self._silent(value, np.where(np.isfinite(value.seconds), rest, np.inf)))
+            elif not (forward and backward):
+                extra = value.seconds
+            if forward or value.node in self.made_by:
+                out.append(self._part(value, forward, extra))
+            if backward:
+                out.append(self._late(value, backward, extra))
+        return out + self._edges(v)
+
+    def _extra(self, v: int) -> np.ndarray:
+        """e of one instance on average: what a second conversion, or keeping the first, costs at least."""
+        value, out = self.problem.values[v], np.zeros(self.problem.values[v].seconds.shape)
+        given = not self.problem.nodes[value.node].moments
+        least = np.zeros(len(value.bytes)) if given else self.least(value)
+        more = np.maximum(value.copy_bytes[None, :] - least[:, None], 0.0)
+        for gap in self.gaps[v]:
+            out += np.minimum(np.where(np.isfinite(value.seconds), value.seconds, 0.0), gap * more)
+        return np.where(value.same, 0.0, out / max(value.count, 1))
+
+    def _silent(self, value: Value, seconds: np.ndarray) -> Value:
+        """Conversions of both phases, without memory."""
+        nothing = np.zeros_like(value.bytes)
+        consumers = value.consumers
+        return replace(
+            value,
+            seconds=seconds,
+            shared=np.ones(len(value.bytes), bool),
+            bytes=nothing,
+            copy_bytes=np.zeros_like(value.copy_bytes),
+            room=None,
+            consumers=consumers,
+        )
+
+    def _part(self, value: Value, takers: list[int], seconds: np.ndarray) -> Value:
+        """What forward sees of a value: it lives until forward is done with it."""
+        end = self.problem.forward_end
+        held = value.held[:, takers]
+        used = value.used[:, takers]
+        held = np.where(held <= end + 1, held, used + 1)
+        return replace(
+            value,
+            consumers=tuple(value.consumers[t] for t in takers),
+            seconds=np.where(np.isfinite(value.seconds), seconds, np.inf),
+            shared=np.zeros(len(value.bytes), bool),
+            used=used,
+            held=held,
+        )
+
+    def _late(self, value: Value, takers: list[int], seconds: np.ndarray) -> Value:
+        """What backward sees of a value: it lives from its first use there."""
+        used = value.used[:, takers]
+        return replace(
+            value,
+            consumers=tuple(value.consumers[t] for t in takers),
+            seconds=np.where(np.isfinite(value.seconds), seconds, np.inf),
+            shared=np.zeros(len(value.bytes), bool),
+            produced=used.min(axis=1),
+            used=used,
+            held=value.held[:, takers],
+        )
+
+    def _edges(self, v: int) -> list[Value]:
+        """What an op that runs again pays for its input and the input does not earn."""
+        value, out = self.problem.values[v], []
+        seconds = np.where(np.isfinite(value.seconds), value.seconds, 0.0)
+        for t, consumer in enumerate(value.consumers):
+            if (v, t) not in self.pays or not self.pays[v, t].any():
+                continue
+            y, having = self.pays[v, t] / value.count, (self.earns[v, t] + self.keeps[v, t]) / value.count
+            part, table = self.shares.copy.get((v, t), 0.0), np.zeros(value.seconds.shape)
+            for gap, count in zip(*np.unique(self.gaps[v], return_counts=True), strict=True):
+                copied = np.minimum(gap * value.copy_bytes[None, :], seconds) * part + having[:, None]
+                table += count * np.minimum(0.0, np.where(value.same, having[:, None], copied) - y[None, :])
+            low = float(table[np.isfinite(value.seconds)].min(initial=0.0))
+            if low < -1e-15:
+                self.shift -= low
+                table = np.where(np.isfinite(value.seconds), np.maximum(table - low, 0.0) / value.count, np.inf)
+                edge = self._silent(replace(value, consumers=(replace(consumer, phase=FORWARD),)), table)
+                out.append(replace(edge, used=value.used[:, t : t + 1], held=value.used[:, t : t + 1]))
+        return out

@@ -1,0 +1,161 @@
+"""Memory limits that bind: what the solver decides to recompute and regather, counted out, carried out, and exact."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import models
+import numpy as np
+import pytest
+import torch
+from liveness import lowered_peak
+
+from netmind_autopar.costs.comm import Conversions
+from netmind_autopar.costs.device import make_mesh
+from netmind_autopar.ir.errors import InfeasibleError
+from netmind_autopar.ir.plan import Entry, Plan, entries_of
+from netmind_autopar.passes.pipeline import lower
+from netmind_autopar.rules.bind import bind_program
+from netmind_autopar.solver.problem import evaluate
+from netmind_autopar.solver.saving.cut import Cut
+from netmind_autopar.solver.saving.decide import Task, entries
+from netmind_autopar.solver.saving.mix import fit, least
+from netmind_autopar.solver.saving.price import priced, shares
+from netmind_autopar.solver.saving.tape import Saved, Tape
+from netmind_autopar.solver.search import solve_problem
+from netmind_autopar.solver.solve import solve
+from netmind_autopar.tracer.capture import capture
+from netmind_autopar.tracer.hash import graph_hash
+from netmind_autopar.verification import compare
+
+MODELS: dict = {}
+NAMES = ("gpt2", "llama", "bert", "resnet")
+
+
+@functools.cache
+def task(name: str, mesh: str, random_costs: int | None = None) -> Task:
+    make = {"gpt2": models.gpt2, "llama": models.llama, "bert": models.bert, "resnet": models.resnet50}[name]
+    model, inputs = make(torch.float64, 0.1, **({} if name == "resnet" else {"layers": 4}))
+    MODELS[name] = model, inputs
+    program = capture(model, inputs)
+    links = make_mesh(mesh, "h100-sxm")
+    return Task(program, bind_program(program), links, Conversions(links, random_costs), "global", 2)
+
+
+def exact(name: str, plan: Plan) -> bool:
+    """All ranks in lockstep against the original model."""
+    work = task(name, ",".join(f"{a.name}={a.size}" for a in plan.mesh), plan.random_costs)
+    report = compare(*MODELS[name], work.program, lower(work.program, work.rules, plan), plan)
+    assert report.ok, f"{report.max_rel_error:.2g} {report.first_difference}"
+    return True
+
+
+@functools.cache
+def solved(name: str, mesh: str, random_costs: int | None = None):
+    built = task(name, mesh, random_costs).build()
+    found = solve_problem(built.problem)
+    tape = Tape(built.problem, found.choice)
+    return built, found, tape, Cut(tape)
+
+
+def limited(name: str, mesh: str, share: float, random_costs: int | None = None) -> tuple[Plan, int]:
+    """The plan at `share` of what can be saved at the cheapest sharding."""
+    work, (_, found, tape, cut) = task(name, mesh, random_costs), solved(name, mesh, random_costs)
+    low, high = least(tape, cut)[1].peak, tape.run().peak
+    limit = int(low + share * (high - low))
+    plan = solve(work.program, work.rules, work.mesh, graph_hash=graph_hash(work.program), memory_limit=limit, random_costs=random_costs)
+    assert plan.cost.step_s >= found.bound * (1 - 1e-9)
+    return plan, limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tape_counts_what_the_problem_counts(name):
+    built, found, tape, _ = solved(name, "a=2,b=2")
+    seconds, peak, _ = evaluate(built.problem, found.choice)
+    run = tape.run()
+    assert run.seconds == pytest.approx(seconds, rel=1e-9) and run.again_s == 0
+    assert 0.97 * peak <= run.peak <= peak
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tape_counts_what_the_rewritten_program_does(name, seed):
+    """Random ops and values, whatever they are worth."""
+    work, (built, found, tape, _) = task(name, "a=2,b=2"), solved(name, "a=2,b=2")
+    draw = np.random.default_rng(seed)
+    nodes = [(n, node) for n, node in enumerate(built.problem.nodes) if node.again and draw.random() < 0.5]
+    members = {n: [i for i, m in enumerate(node.moments) if m <= built.problem.forward_end] for n, node in nodes}
+    recompute = {n: frozenset(int(i) for i in ranks if draw.random() < 0.8) for n, ranks in members.items()}
+    names = sorted({v.name for v in built.problem.values if draw.random() < 0.3})
+    regather = {name: frozenset(range(int(draw.integers(0, 5)))) for name in names}
+    saved = Saved({n: r for n, r in recompute.items() if r}, regather)
+    new = work.build(*entries(built.problem, saved))
+    at = {kind.name: k for kind, k in zip(built.kinds, found.choice, strict=True)}
+    seconds, peak, _ = evaluate(new.problem, tuple(at[kind.name] for kind in new.kinds))
+    run = tape.run(saved)
+    assert run.seconds == pytest.approx(seconds, rel=1e-9)
+    assert 0.9 * peak <= run.peak <= 1.02 * peak
+
+
+@pytest.mark.parametrize("share", [0.7, 0.3, 0.02])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_fits_is_exact_and_stays_within_the_limit(name, share):
+    plan, limit = limited(name, "a=2,b=2", share)
+    work = task(name, "a=2,b=2")
+    assert plan.cost.peak_bytes <= limit
+    assert sum(lowered_peak(lower(work.program, work.rules, plan), plan).model_dump().values()) <= plan.cost.peak_bytes
+    assert exact(name, plan)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_prices_within_limits_are_exact(seed):
+    plan, _ = limited("gpt2", "a=4", 0.4, seed)
+    work = task("gpt2", "a=4", seed)
+    assert plan.recompute or plan.regather
+    assert exact("gpt2", plan)
+
+
+def test_less_memory_never_takes_less_time_and_a_refusal_names_a_limit_that_works():
+    times = [limited("gpt2", "a=2,b=2", share)[0].cost.step_s for share in (0.9, 0.6, 0.3, 0.05)]
+    assert all(later >= earlier * (1 - 2e-3) for earlier, later in itertools.pairwise(times))
+    assert times[-1] > times[0]
+    work = task("gpt2", "a=2,b=2")
+
+    def at(limit: int) -> Plan:
+        return solve(work.program, work.rules, work.mesh, graph_hash=graph_hash(work.program), memory_limit=limit)
+
+    with pytest.raises(InfeasibleError) as refused:
+        at(1000)
+    needed = int(refused.value.what.split(": ")[1].split()[0])
+    assert at(needed).cost.peak_bytes <= needed
+
+
+@pytest.mark.parametrize("share", [0.8, 0.4, 0.1])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_sharding_beats_the_bound(name, share):
+    """The relaxation is below what the tape counts, at its own sharding and at others, for any prices."""
+    built, found, tape, cut = solved(name, "a=2,b=2")
+    low, high = least(tape, cut)[1].peak, tape.run().peak
+    limit = int(low + share * (high - low))
+    here = fit(tape, cut, limit)
+    assert here is not None
+    for scale in (0.3, 1.0, 3.0):
+        prices = {m: price * scale for m, price in here.prices.items()}
+        relaxed, constant = priced(cut, prices, shares(cut, here.answer), limit)
+        other = solve_problem(relaxed)
+        for choice in (found.choice, other.choice):
+            there = Tape(built.problem, choice)
+            fitted = fit(there, Cut(there), limit)
+            if fitted is not None:
+                assert evaluate(relaxed, choice)[0] + constant <= fitted.run.seconds * (1 + 1e-9)
+                assert other.bound + constant <= fitted.run.seconds * (1 + 1e-9)
+
+
+def test_entries_are_slices():
+    assert entries_of("x", {0, 1, 2, 3}, 4) == ["x"]
+    assert entries_of("x", {0, 1, 3}, 5) == ["x[:2]", "x[3:4]"]
+    assert entries_of("x", {2, 3}, 4) == ["x[2:]"]
+    for text in ("x", "x[:2]", "disk:a.*.b[1][3:]", "a[1]", "a~1[2:7]"):
+        assert str(Entry.parse(text)) == text
+    assert Entry.parse("a[1][2:3]").of(("p", "q", "r", "s")) == ("r",) and Entry.parse("a[1]").name == "a[1]"
