@@ -14,7 +14,7 @@ from .arguments import check_model, check_plan_mesh, mesh_or_devices, parse_memo
 from .costs.device import default_cluster, make_mesh
 from .ir import flags
 from .ir.collector import collector_off
-from .ir.errors import UnknownOpError
+from .ir.errors import InputError, UnknownOpError
 from .ir.mesh import Mesh
 from .ir.plan import Plan
 from .ir.program import Program, op_name
@@ -50,6 +50,7 @@ def plan(
     pins: Mapping[str, Pin] | None = None,
     forbid: Mapping[str, Pin] | None = None,
     baseline: Baseline | None = None,
+    checkpoint: bool = False,
     inputs: Literal["global", "local"] = "global",
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
@@ -66,8 +67,9 @@ def plan(
     a mesh, so many devices of the cluster on the best mesh; `Plan.alternatives` lists the others. cluster: a preset or a profile
     file; the present machine when None. memory: bytes or "70GiB" per device; the device's own when None. pins: {"lm_head.weight":
     "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
-    (docs/baselines.md). outputs: names to keep, all when None. mode: "inference" plans forward alone. random_costs: a seed; prices are
-    then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
+    (docs/baselines.md), checkpoint: and runs every block again in backward. outputs: names to keep, all when None. mode: "inference"
+    plans forward alone. random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a
+    rule is an error.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """
     say = progress or (lambda _: None)
@@ -81,6 +83,7 @@ def plan(
         say,
         memory=memory,
         baseline=baseline,
+        checkpoint=checkpoint,
         optimizer=optimizer,
         pins=pins,
         forbid=forbid,
@@ -179,6 +182,7 @@ def plan_program(
     *,
     memory: str | int | None = None,
     baseline: Baseline | None = None,
+    checkpoint: bool = False,
     strict: bool = False,
     time_limit: float = 60.0,
     **options: Any,
@@ -188,11 +192,17 @@ def plan_program(
     rules = bind_program(program)
     if strict:
         _refuse_unknown(program, rules)
+    if checkpoint and baseline is None:
+        raise InputError(
+            "checkpoint=True without a baseline",
+            why="a plan that is searched freely recomputes what memory asks for, op by op",
+            try_='drop it, or name a baseline="fsdp"',
+        )
     known = {"graph_hash": graph_hash(program), "memory_limit": parse_memory(memory), **options}
 
     def decide(mesh: Mesh, seconds: float) -> Plan:
         if baseline is not None:
-            return solve_baseline(program, rules, mesh, baseline, cluster=mesh.cluster, time_limit=seconds, **known)
+            return solve_baseline(program, rules, mesh, baseline, checkpoint=checkpoint, cluster=mesh.cluster, time_limit=seconds, **known)
         return solve(program, rules, mesh, cluster=mesh.cluster, time_limit=seconds, **known)
 
     if isinstance(where, Devices):

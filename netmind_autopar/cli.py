@@ -111,6 +111,7 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
         help="placements that a parameter must not have: wte.weight=S(0)",
     )
     sub.add_argument("--baseline", metavar="RECIPES", help="plan by hand-made recipes instead: fsdp+megatron-tp (see docs/baselines.md)")
+    sub.add_argument("--checkpoint", action="store_true", help="with --baseline: run the ops of every repeated block again in backward")
     sub.add_argument("--compare", action="store_true", help="plan every usual baseline on the same mesh too, and show a table")
     sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
@@ -190,9 +191,9 @@ def run_plan(args: argparse.Namespace) -> int:
         solving = {"optimizer": args.optimizer, "pins": pins, "forbid": forbid, "random_costs": args.random_costs, "inputs": "global"}
         solving |= {"time_limit": args.time_limit, "gap": args.gap}
         # as api.plan does, but the program is still needed for the report
-        found = api.plan_program(program, where, progress, memory=args.memory, baseline=args.baseline, strict=args.strict, **solving).timed(
-            time.process_time() - start
-        )
+        recipes = {"baseline": args.baseline, "checkpoint": args.checkpoint}
+        found = api.plan_program(program, where, progress, memory=args.memory, strict=args.strict, **recipes, **solving)
+        found = found.timed(time.process_time() - start)
         rules = bind_program(program)
         rows, learnt = class_rows(program, rules, found), learnt_rules(program)
         if args.compare:

@@ -19,7 +19,7 @@ from netmind_autopar.ir.program import Program
 from netmind_autopar.passes.pipeline import lower
 from netmind_autopar.rules.algebra import Rule
 from netmind_autopar.rules.bind import bind_program
-from netmind_autopar.solver.baselines import solve_baseline
+from netmind_autopar.solver.baselines import compare_baselines, solve_baseline, usual
 from netmind_autopar.solver.recipes import RECIPES, axis_recipes
 from netmind_autopar.solver.roles import roles_of
 from netmind_autopar.solver.solve import solve
@@ -82,9 +82,10 @@ def captured(name: str) -> tuple[nn.Module, Any, Program, dict[str, Rule]]:
 
 
 @functools.cache
-def planned(name: str, mesh: str, baseline: str, memory: int | None = None) -> Plan:
+def planned(name: str, mesh: str, baseline: str, memory: int | None = None, checkpoint: bool = False) -> Plan:
     _, _, program, rules = captured(name)
-    return solve_baseline(program, rules, make_mesh(mesh, "h100-sxm"), baseline, graph_hash=graph_hash(program), memory_limit=memory)
+    where, options = make_mesh(mesh, "h100-sxm"), {"memory_limit": memory, "checkpoint": checkpoint}
+    return solve_baseline(program, rules, where, baseline, graph_hash=graph_hash(program), **options)  # type: ignore[arg-type]
 
 
 def sent(plan: Plan, kind: str, phase: str, least: int = 100) -> tuple[int, int]:
@@ -188,6 +189,62 @@ def test_what_does_not_fit_says_how_much_it_takes() -> None:
     with pytest.raises(InfeasibleError, match=r"'ddp' does not fit: \d+ bytes"):
         planned("gpt2", "a=4", "ddp", peak // 2)
     assert planned("gpt2", "a=4", "fsdp", peak // 2).cost.peak_bytes <= peak // 2
+
+
+def deep(make: Callable[..., tuple[nn.Module, Any]], **options: Any) -> tuple[nn.Module, Any]:
+    """Three blocks, whose keys and values are no results."""
+    model, inputs = make(layers=3, seq=16, **options)
+    model.config.use_cache = False  # type: ignore[union-attr, assignment]
+    return model, inputs
+
+
+DEEP = {"gpt2": lambda: deep(models.gpt2, dropout=0.1), "llama": lambda: deep(models.llama, heads=8, kv_heads=4)}
+MODELS |= {f"{name}, deep": make for name, make in DEEP.items()}
+CHECKPOINTED = [(f"{m}, deep", mesh, b) for m in DEEP for mesh, b in [*(("a=4", b) for b in RECIPES), ("dp=2,tp=2", "fsdp+megatron-tp-sp")]]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "baseline"),
+    [pytest.param(*c, id="-".join(c), marks=() if c[2].startswith(("zero1", "fsdp")) else pytest.mark.slow) for c in CHECKPOINTED],
+)
+def test_checkpointed_blocks_are_exact_and_hold_less(name: str, mesh: str, baseline: str) -> None:
+    model, inputs, program, rules = captured(name)
+    plan, kept = planned(name, mesh, baseline, checkpoint=True), planned(name, mesh, baseline)
+    report = compare(model, inputs, program, lower(program, rules, plan), plan)
+    assert report.ok and report.max_rel_error <= 1e-9, report.first_difference
+    assert plan.recompute and plan.cost.step_s > kept.cost.step_s and plan.cost.peak_bytes <= kept.cost.peak_bytes
+    tokens = 4 * 16 * 32 * 8 // (4 if baseline.startswith(("ddp", "zero", "fsdp", "uly")) else 1)
+    if baseline.startswith("fsdp") or baseline == "megatron-tp":
+        assert plan.cost.memory.activations <= (3 + 2) * tokens + 5000, "more is kept than what leaves the blocks"
+
+
+def test_checkpointed_fsdp_gathers_no_more() -> None:
+    plan, kept = (planned("llama, deep", "a=4", "fsdp", checkpoint=c) for c in (True, False))
+    for phase in ("forward", "backward"):
+        assert sent(plan, "all_gather", phase) == sent(kept, "all_gather", phase)
+    assert not any(".add.1" in name and "mlp" not in name for name in plan.recompute)  # a block's result is kept
+
+
+def test_a_model_without_blocks_has_nothing_to_checkpoint() -> None:
+    with pytest.raises(InputError, match="no repeated blocks"):
+        planned("mixture", "a=4", "ddp", checkpoint=True)
+
+
+def test_a_comparison_has_a_row_for_each() -> None:
+    _, _, program, rules = captured("gpt2, deep")
+    mesh, key = make_mesh("dp=4", "h100-sxm"), graph_hash(program)
+    free = planned("gpt2, deep", "dp=4", "zero1")
+    limit = planned("gpt2, deep", "dp=4", "zero1", checkpoint=True).cost.peak_bytes
+    assert limit < free.cost.peak_bytes
+    rows = compare_baselines(program, rules, mesh, ("ddp", "zero1", "fsdp", "fsdp@b"), graph_hash=key, memory_limit=limit)
+    assert [(c.row.name, c.row.status) for c in rows] == [
+        ("ddp", "does not fit"),
+        ("zero1, checkpointed", "planned"),
+        ("fsdp", "planned"),
+        ("fsdp@b", "no place"),
+    ]
+    assert rows[0].row.peak_bytes == planned("gpt2, deep", "dp=4", "ddp").cost.peak_bytes > limit  # type: ignore[operator]
+    assert len(usual(mesh)) == len(RECIPES) and "fsdp+megatron-tp" in usual(make_mesh("dp=2,tp=2", "h100-sxm"))
 
 
 def test_no_place_is_an_error_that_says_why() -> None:

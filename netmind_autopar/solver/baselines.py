@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import fx
+
 from ..costs.comm import Conversions
 from ..costs.memory import optimizer_states
 from ..ir.errors import InfeasibleError, InputError, SolverError
@@ -27,13 +29,15 @@ from ..ir.mesh import Mesh
 from ..ir.plan import ALL, Alternative, Plan
 from ..ir.program import Program
 from ..rules.algebra import LINEAR, NONE, Rule
-from .build import Built, Kind, build
+from .build import Built, Kind
+from .checkpoint import checkpointed
 from .conversions import uses, value_name
 from .pins import Pin, pinned
 from .presolve import Kept
 from .problem import evaluate
 from .recipes import RECIPES, Baseline, Recipe, axis_recipes
 from .roles import Roles, roles_of
+from .saving.decide import Task
 from .search import solve_problem
 from .solve import assemble
 
@@ -53,12 +57,13 @@ def solve_baseline(
     optimizer: str = "adamw",
     pins: Mapping[str, Pin] | None = None,
     forbid: Mapping[str, Pin] | None = None,
+    checkpoint: bool = False,
     inputs: Literal["global", "local"] = "global",
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
 ) -> Plan:
-    """The cheapest plan that follows `baseline` and fits; options as in `solve`.
+    """The cheapest plan that follows `baseline` and fits; options as in `solve`. checkpoint: every op of a repeated block runs again.
 
     Raises InputError when the model has no place for it (no attention, too few heads, a batch that does not divide),
     InfeasibleError with the peak when it does not fit, SolverError when nothing was found in time.
@@ -68,26 +73,16 @@ def solve_baseline(
     recipes, roles = axis_recipes(baseline, mesh), roles_of(program, rules)
     check_applies(roles, recipes, mesh)
     conversions = Conversions(mesh, random_costs)
+    task = Task(program, rules, mesh, conversions, inputs, optimizer_states(optimizer))
+    recompute = checkpointed(program, task.known[1]) if checkpoint else ()
     leasts: list[int] = []
-    for regather in _regathers(program, rules, recipes, roles):
-        options = {"states": optimizer_states(optimizer), "inputs": inputs, "random_costs": random_costs}
-        built = build(program, rules, mesh, conversions, limit_bytes=limit, regather=regather, **options)  # type: ignore[arg-type]
-        allowed = _both(built, restricted(built, roles, recipes), pinned(program, built, mesh, pins or {}, forbid or {}))
+    for regather in _regathers(task, recipes, roles, checkpoint):
+        built = task.build(recompute, regather, limit)
+        allowed = _both(built, restricted(program, built, roles, recipes), pinned(program, built, mesh, pins or {}, forbid or {}))
         found = solve_problem(built.problem, allowed=allowed, time_limit=max(deadline - time.monotonic(), 1.0), gap=gap)
         if found.choice is not None and found.seconds < math.inf:
-            made = assemble(
-                program,
-                built,
-                found,
-                mesh,
-                conversions,
-                graph_hash=graph_hash,
-                cluster=cluster,
-                limit=limit,
-                optimizer=optimizer,
-                inputs=inputs,
-                regather=regather,
-            )
+            file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer, "inputs": inputs}
+            made = assemble(program, built, found, mesh, conversions, recompute=recompute, regather=regather, **file)  # type: ignore[arg-type]
             return made.timed(time.process_time() - start)
         if found.choice is not None:
             leasts.append(evaluate(built.problem, found.choice)[1])
@@ -97,7 +92,7 @@ def solve_baseline(
         f"the baseline {baseline!r} does not fit: {min(leasts)} bytes per device are needed, {limit} are there",
         where=f"baseline={baseline!r} on {mesh}",
         why="what a recipe fixes cannot be changed to save memory",
-        try_="another recipe, more devices, a smaller batch, or a plan without baseline=",
+        try_="checkpoint=True, " * (not checkpoint) + "another recipe, more devices, a smaller batch, or a plan without baseline=",
     )
 
 
@@ -126,19 +121,28 @@ def compare_baselines(
 
 
 def _compared(program: Program, rules: Mapping[str, Rule], mesh: Mesh, name: str, options: Mapping[str, Any]) -> Compared:
-    status: Literal["planned", "does not fit"] = "planned"
-    try:
+    """One row. What does not fit is checkpointed, as people would do it; what then does not either is planned without a limit."""
+    tries: tuple[tuple[Literal["planned", "does not fit"], str, dict[str, Any]], ...] = (
+        ("planned", name, {}),
+        ("planned", f"{name}, checkpointed", {"checkpoint": True}),
+        ("does not fit", name, {"memory_limit": NO_LIMIT}),
+    )
+    why = ""
+    for status, shown, more in tries:
         try:
-            plan = solve_baseline(program, rules, mesh, name, **options)
+            plan = solve_baseline(program, rules, mesh, name, **{**options, **more})
         except InfeasibleError:
-            status = "does not fit"
-            plan = solve_baseline(program, rules, mesh, name, **{**options, "memory_limit": NO_LIMIT})
-    except SolverError as e:
-        return Compared(Alternative(name=name, status="not planned", why=e.what))
-    except InputError as e:
-        return Compared(Alternative(name=name, status="no place", why=e.why or e.what))
-    row = Alternative(name=name, status=status, step_s=plan.cost.step_s, bound_s=plan.bound_s, peak_bytes=plan.cost.peak_bytes)
-    return Compared(row, plan)
+            continue
+        except InputError as e:
+            if more.get("checkpoint"):
+                continue
+            return Compared(Alternative(name=name, status="no place", why=e.why or e.what))
+        except SolverError as e:
+            why = e.what
+            break
+        row = Alternative(name=shown, status=status, step_s=plan.cost.step_s, bound_s=plan.bound_s, peak_bytes=plan.cost.peak_bytes)
+        return Compared(row, plan)
+    return Compared(Alternative(name=name, status="not planned", why=why))
 
 
 def _both(built: Built, allowed: Kept, fixed: Kept | None) -> Kept:
@@ -194,12 +198,17 @@ def _no_place(name: str, why: str, try_: str, mesh: Mesh) -> InputError:
     return InputError(f"the baseline {name!r} has no place here", where=f"this model on the mesh {mesh}", why=why, try_=try_)
 
 
-def restricted(built: Built, roles: Roles, recipes: Sequence[Recipe]) -> Kept:
-    """Per node of the problem the strategies that follow the recipes on as many axes as its sizes permit, and split nothing on others."""
-    reader = _Reader(built, roles)
+def restricted(program: Program, built: Built, roles: Roles, recipes: Sequence[Recipe]) -> Kept:
+    """Per node of the problem the strategies that follow the recipes on as many axes as its sizes permit, and split nothing on others.
+
+    built: the problem of `program`, or of what it becomes when ops run again; these do as their originals.
+    """
+    reader = _Reader({node.name: node for node in program.graph.nodes}, roles)
     out = []
     for kind in built.kinds:
-        wanted = [reader.symbols(kind, recipe) for recipe in recipes]
+        member = kind.members[0] if kind.members else ""
+        name = built.nodes[member].meta.get("again", member) if member else ""
+        wanted = [reader.symbols(kind, name, recipe) for recipe in recipes]
         scores = [_score(strategy, wanted) for strategy in kind.strategies]
         out.append(tuple(k for k, score in enumerate(scores) if score == max(scores)))
     return tuple(out)
@@ -213,24 +222,23 @@ def _score(strategy: Sequence[str], wanted: Sequence[frozenset[str]]) -> int:
 
 @dataclass(frozen=True)
 class _Reader:
-    """What recipes say about classes of ops, parameters and ends."""
+    """What recipes say about classes of ops, parameters and ends; `name` is a node of the program that stands for its class."""
 
-    built: Built
+    nodes: Mapping[str, fx.Node]
     roles: Roles
 
-    def symbols(self, kind: Kind, recipe: Recipe) -> frozenset[str]:
+    def symbols(self, kind: Kind, name: str, recipe: Recipe) -> frozenset[str]:
         """The symbols that a recipe wants along its axis."""
         letters, rule = frozenset(kind.rule.letters), kind.rule
         flows = frozenset(rule.symbols) - letters  # with NONE
         if kind.role == "param":
-            return self._parameter(kind, recipe)
+            return self._parameter(kind, name, recipe)
         if kind.role != "op":
             return frozenset(rule.symbols)
-        name = kind.members[0]
         if name in self.roles.carried:
             return self._carried(name, letters, recipe)
         found = self._worked(kind, name, recipe, flows)
-        if found & letters or recipe.store == "whole" or self.built.nodes[name].meta["phase"] == "forward":
+        if found & letters or recipe.store == "whole" or self.nodes[name].meta["phase"] == "forward":
             return (found & letters) | (found & flows) or flows
         return frozenset(rule.symbols)  # what becomes of gradients once they are made
 
@@ -242,7 +250,7 @@ class _Reader:
         sequence = self._of(name, roles.sequence)
         if recipe.work == "sequence-heads":
             heads = self._of(name, roles.heads)
-            if str(self.built.nodes[name].target) in ATTENTION:
+            if str(self.nodes[name].target) in ATTENTION:
                 return heads
             return (sequence | heads if self._between(kind, name, sequence) else sequence) or flows
         split, flows = self._of(name, roles.split), self._calm(kind, name, flows)
@@ -257,7 +265,7 @@ class _Reader:
         So a block's result is reduced before it meets the residual stream, and the stream's gradient before a norm's backward.
         """
         tensors = sum(bool(term.dims) for term in kind.rule.inputs)
-        if tensors == 1 or (self.built.nodes[name].meta["phase"] == "backward" and LINEAR in flows):
+        if tensors == 1 or (self.nodes[name].meta["phase"] == "backward" and LINEAR in flows):
             return flows
         return frozenset((NONE,))
 
@@ -267,7 +275,7 @@ class _Reader:
     def _between(self, kind: Kind, name: str, sequence: frozenset[str]) -> bool:
         """True when an op keeps the sequence and takes no weight: what stands between a projection and its attention."""
         kept = all(t is None or any(x in dim for dim in t.dims for x in sequence) for t in kind.rule.outputs)
-        return kept and not any(arg.name in self.roles.carried for arg in self.built.nodes[name].all_input_nodes)
+        return kept and not any(arg.name in self.roles.carried for arg in self.nodes[name].all_input_nodes)
 
     def _carried(self, name: str, letters: frozenset[str], recipe: Recipe) -> frozenset[str]:
         """What is made of a parameter before it is used: gathered here only if the other phase does not need it."""
@@ -276,31 +284,28 @@ class _Reader:
             return self._of(name, self.roles.split) & letters or whole
         if recipe.store != "gathered" or not letters:
             return whole
-        phases = {user.meta.get("phase") for user in self.built.nodes[name].users}
+        phases = {user.meta.get("phase") for user in self.nodes[name].users}
         return letters if len(phases) > 1 else letters | whole
 
-    def _parameter(self, kind: Kind, recipe: Recipe) -> frozenset[str]:
+    def _parameter(self, kind: Kind, name: str, recipe: Recipe) -> frozenset[str]:
         """Where it is stored. Features that are parts of a dim, as heads of a joint projection, may also lie whole: moving them costs."""
         letters, whole = frozenset(kind.rule.letters), frozenset((NONE,))
         if recipe.store != "whole":
             return letters or whole
         if not recipe.work.startswith("tensor"):
             return whole
-        dims = self.roles.dims[kind.members[0]]
+        dims = self.roles.dims[name]
         found = {f"d{d}" for d, components in enumerate(dims) if self.roles.split.intersection(components)} & letters
         parts = any(components and components[0] not in self.roles.split for d, components in enumerate(dims) if f"d{d}" in found)
         return frozenset(found) | (whole if parts or not found else frozenset())
 
 
-def _regathers(program: Program, rules: Mapping[str, Rule], recipes: Sequence[Recipe], roles: Roles) -> list[tuple[str, ...]]:
+def _regathers(task: Task, recipes: Sequence[Recipe], roles: Roles, checkpoint: bool) -> list[tuple[str, ...]]:
     """Which values are converted again in backward: parameters where the recipe says so; everything, when memory asks for it."""
-    from .fold import classes
-
     first: tuple[str, ...] = ()
     if any(recipe.store == "gathered" for recipe in recipes):
-        names = classes(program, rules)
-        both = {
-            name for (name, _), takers in uses(program).items() if {u.phase for u in takers if u.result is None} >= {"forward", "backward"}
-        }
-        first = tuple(dict.fromkeys(value_name(names[n.name], 0) for n in program.graph.nodes if n.name in roles.carried & both))
+        names, phases = task.known[1], {"forward", "backward"}
+        taken = {name: {u.phase for u in takers if u.result is None} for (name, _), takers in uses(task.program).items()}
+        again = [n.name for n in task.program.graph.nodes if n.name in roles.carried and (checkpoint or taken[n.name] >= phases)]
+        first = tuple(dict.fromkeys(value_name(names[name], 0) for name in again))
     return [first] if any(recipe.store == "kept" for recipe in recipes) else [first, (ALL,)]
