@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from ..ir.mesh import Mesh
-from ..ir.spec import Partial, Replicate, Spec
+from ..ir.spec import Partial, Placement, Replicate, Spec
 from .space import BUCKET_BYTES as BUCKET_BYTES
 from .space import MESSAGES as MESSAGES
 from .space import Space
@@ -89,6 +89,20 @@ class Conversions:
         ops = {p.op for p in used if isinstance(p, Partial)}
         space, base = self.space(spec.dims, spec.dtype, ops.pop() if len(ops) == 1 else "sum")
         return base + space.index[used] if used in space.index else -1
+
+    def numbers(self, dims: tuple[tuple[int, ...], ...], dtype: torch.dtype, options: Sequence[Placement], codes: np.ndarray) -> np.ndarray:
+        """The numbers of the specs with the placements options[codes[k, axis]], which leave no device empty; codes: (specs, axes)."""
+        reductions = ["sum", *sorted({p.op for p in options if isinstance(p, Partial)} - {"sum"})]
+        which = np.array([reductions.index(p.op) if isinstance(p, Partial) else 0 for p in options])[codes].max(axis=1)
+        out = np.empty(len(codes), dtype=np.int64)
+        for w, op in enumerate(reductions):
+            rows = np.flatnonzero(which == w)
+            space, base = self.space(dims, dtype, op)
+            at = np.array([space.options.index(p) if p in space.options else -1 for p in options])[codes[rows]]
+            states = space.number[at @ space.strides]
+            assert (at >= 0).all() and (states >= 0).all(), f"a spec of {dims} has no place on {self.mesh}"
+            out[rows] = base + states
+        return out
 
     def spec(self, number: int) -> Spec:
         at = bisect_right(self._bases, number) - 1

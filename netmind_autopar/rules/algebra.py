@@ -18,15 +18,15 @@ an op's parallelism.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from ..ir.spec import Partial, Placement, Replicate, Shard, Spec, is_valid
+from ..ir.spec import Partial, Placement, Replicate, Shard, Spec, cuts, is_valid
 
 NONE = "-"
 LINEAR = "+"
@@ -138,9 +138,23 @@ def vanishes(rule: Rule, letter: str) -> bool:
     return any(t is not None and t.find(letter) is None for t in rule.outputs)
 
 
+def input_placements(rule: Rule, i: int) -> tuple[Placement, ...]:
+    """What each symbol of the rule means for input i."""
+    return tuple(_input_placement(rule, i, symbol) for symbol in rule.symbols)
+
+
+def output_placements(rule: Rule, i: int) -> tuple[Placement, ...]:
+    """What each symbol of the rule means for output i."""
+    return tuple(_output_placement(rule, i, symbol) for symbol in rule.symbols)
+
+
+def term_dims(rule: Rule, term: Term) -> tuple[tuple[int, ...], ...]:
+    """The sizes of the parts of every dim."""
+    return tuple(tuple(rule.sizes[letter] for letter in dim) or (1,) for dim in term.dims)
+
+
 def term_spec(rule: Rule, term: Term, dtype: torch.dtype, placements: Sequence[Placement]) -> Spec:
-    dims = tuple(tuple(rule.sizes[letter] for letter in dim) or (1,) for dim in term.dims)
-    return Spec(dims, dtype, tuple(placements))
+    return Spec(term_dims(rule, term), dtype, tuple(placements))
 
 
 def input_specs(rule: Rule, strategy: Strategy, dtypes: Sequence[torch.dtype]) -> tuple[Spec, ...]:
@@ -169,8 +183,26 @@ def letter_spec(rule: Rule, strategy: Strategy) -> Spec:
 
 def strategies(rule: Rule, sizes: tuple[int, ...]) -> tuple[Strategy, ...]:
     """Every strategy that leaves no device without elements, in a fixed order. An axis of size 1 splits nothing."""
-    per_axis = [rule.symbols if n > 1 else (NONE,) for n in sizes]
-    return tuple(s for s in itertools.product(*per_axis) if is_legal(rule, s, sizes))
+    symbols = rule.symbols
+    return tuple(tuple(symbols[c] for c in row) for row in strategy_codes(rule, sizes).tolist())
+
+
+def strategy_codes(rule: Rule, sizes: tuple[int, ...]) -> np.ndarray:
+    """`strategies` as positions in `rule.symbols`, of shape (strategies, axes). What is legal is what `is_legal` says."""
+    symbols = rule.symbols
+    counts = [len(symbols) if n > 1 else 1 for n in sizes]
+    codes = np.indices(counts, dtype=np.int16).reshape(len(sizes), math.prod(counts)).T
+    fine = np.ones(len(codes), dtype=bool)
+    for position, symbol in enumerate(symbols):
+        if symbol in rule.sizes:
+            subset = ((codes == position) << np.arange(len(sizes))).sum(axis=1)
+            fine &= np.array(cuts(rule.sizes[symbol], sizes)[1])[subset]
+    if rule.reduce != "sum":
+        vanishing, flowing = (
+            np.array([s != NONE and test(s) for s in symbols]) for test in (lambda s: vanishes(rule, s), lambda s: s[0] in "+*")
+        )
+        fine &= ~(vanishing[codes].any(axis=1) & flowing[codes].any(axis=1))
+    return codes[fine]
 
 
 def is_legal(rule: Rule, strategy: Strategy, sizes: tuple[int, ...]) -> bool:
