@@ -67,7 +67,7 @@ def offload(x: Tensor, tier: str) -> Away:
     if x.is_cuda:
         out = _stream(x.device, "out")
         out.wait_stream(torch.cuda.current_stream(x.device))
-        away.host = away.empty(pin_memory=True)
+        away.host = away.empty(device="cpu", pin_memory=True)
         with torch.cuda.stream(out):
             away.host.copy_(away.there, non_blocking=True)
             away.event = out.record_event()
@@ -122,7 +122,7 @@ MARKS = (offload, release, prefetch, reload)  # what the lowered program calls
 def _device_to_memory(away: Away) -> None:
     """The copy out where the device is the CPU."""
     assert away.there is not None
-    target = _file(away) if away.tier == "disk" else away.empty()
+    target = _file(away) if away.tier == "disk" else away.empty(device="cpu")
     target.copy_(away.there)
     away.host = target
 
@@ -146,7 +146,7 @@ def _host_to_file(away: Away) -> None:
 @torch.no_grad()
 def _file_to_device(away: Away) -> None:
     assert away.file is not None
-    away.host = away.empty(pin_memory=True)
+    away.host = away.empty(device="cpu", pin_memory=True)
     away.host.copy_(away.file)
     with torch.cuda.device(away.device):
         _host_to_device(away)
