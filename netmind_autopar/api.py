@@ -58,6 +58,7 @@ def plan(
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
+    offload: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
@@ -68,7 +69,7 @@ def plan(
     file; the present machine when None. memory: bytes or "70GiB" per device; the device's own when None. pins: {"lm_head.weight":
     "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
     (docs/baselines.md), checkpoint: and runs every block again in backward. outputs: names to keep, all when None. mode: "inference"
-    plans forward alone. random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a
+    plans forward alone. offload: activations may wait for backward in host memory. random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a
     rule is an error.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """
@@ -91,6 +92,7 @@ def plan(
         random_costs=random_costs,
         time_limit=time_limit,
         gap=gap,
+        offload=offload,
         strict=strict,
     )
     _warn_of_replicated(found)
@@ -116,6 +118,7 @@ def autoparallelize(
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
+    offload: bool = False,
     strict: bool = False,
 ) -> ParallelModule:
     """The same model running on every device of `device_mesh`; call it on every rank. Options as in `plan`.

@@ -8,7 +8,7 @@ counted apart, as they are used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from .fold import classes, signature
 from .layouts import Side, Specs, distinct, tables
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
 from .replay import refusal
+from .window import back, borders, gone
 
 RESULT = "result"  # the node that replicated results want
 
@@ -149,6 +150,7 @@ class _Build:
         grads = {o.node for o in program.outputs if o.role == "grad"}
         self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
         self.ranks = self._ranks()
+        self.away: frozenset[tuple[str, int]] = frozenset()
         self.hold = self._holds()
         self.columns: dict[tuple[str, bool, int], np.ndarray] = {}
 
@@ -270,6 +272,27 @@ class _Build:
     def is_resident(self, name: str) -> bool:
         return self.nodes[name].op != "call_function" and not self.is_tangent(name)
 
+    def gone(self, group: Sequence[tuple[str, int]]) -> np.ndarray | None:
+        """When each of these values is elsewhere, as passes/offload.py makes it."""
+        if self.away.isdisjoint(group):
+            return None
+        split, out = (self.forward_end + 1) // 2, np.full((len(group), 2), -1)
+        early, late = (borders([self.nodes[op] for op in ops]) for ops in (self.ops[:split], self.ops[split:]))
+        for i, (name, index) in enumerate(group):
+            at = [self.moment[u.node] // 2 for u in self.uses[name, index] if u.result is None]
+            if (name, index) in self.away and max(at, default=0) >= split:
+                made = self.moment[name] // 2
+                leave = gone(early, made, max((m for m in at if m < split), default=made))
+                come = back(late, min(m for m in at if m >= split) - split) + split
+                out[i] = 2 * min(leave, split) + 1, 2 * come
+        return out
+
+    def borders(self) -> tuple[int, ...]:
+        """The moments at which stretches of ops begin, forward and backward."""
+        split = (self.forward_end + 1) // 2
+        parts = ((self.ops[:split], 0), (self.ops[split:], split))
+        return tuple(2 * (at + base) + 1 for ops, base in parts if ops for at in borders([self.nodes[op] for op in ops]))
+
     def node(self, kind: Kind, labels: tuple[str, ...], seconds: np.ndarray, resident: np.ndarray) -> Node:
         if kind.role != "op":
             return Node(kind.name, labels, seconds, resident)
@@ -305,12 +328,13 @@ def build(
     random_costs: int | None = None,
     limit_bytes: int | None = None,
     regather: frozenset[tuple[str, int]] | Sequence[str] = (),
+    away: Collection[tuple[str, int]] = (),
 ) -> Built:
     """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets.
 
     states: tensors of a parameter's size that the optimizer keeps. regather: what is converted again in backward, as a plan says it or
-    as `regathered` found it in the program before it was rewritten. Random costs replace the seconds of ops; pass conversions that
-    were made with the same seed.
+    as `regathered` found it in the program before it was rewritten. away: values that wait for backward elsewhere. Random costs replace
+    the seconds of ops; pass conversions that were made with the same seed.
     """
     work = _Build(program, rules, conversions, inputs, regather)
     trained = trained_parameters(program)
@@ -330,7 +354,9 @@ def build(
         made.append(value)
         specs.append(spec)
         takers.append(tuple(work.uses[group[0]]))
-    problem = Problem(tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes, work.forward_end)
+    problem = Problem(
+        tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes, work.forward_end, work.borders(), mesh.device.host_bandwidth_bytes_s
+    )
     order = tuple(work.ops[min(m // 2, len(work.ops) - 1)] if work.ops else "" for m in range(work.end + 1))
     return Built(problem, tuple(work.kinds.values()), tuple(specs), tuple(takers), order, work.nodes, work.forward_end)
 

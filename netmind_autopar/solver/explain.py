@@ -43,15 +43,22 @@ class ConversionRow:
     seconds: float
 
 
-def cost_of(built: Built, choice: Choice, trained: set[str], states: int) -> Cost:
-    """Seconds by part and bytes by category of one choice."""
+def cost_of(built: Built, choice: Choice, trained: set[str], states: int, waits_s: float = 0.0) -> Cost:
+    """Seconds by part and bytes by category of one choice; `waits_s` are spent waiting for transfers."""
     problem = built.problem
     _, peak, moment = evaluate(problem, choice)
-    compute_s = sum(float(node.seconds[k]) for node, k in zip(problem.nodes, choice, strict=True))
+    compute_s = recompute_s = 0.0
+    for kind, node, k in zip(built.kinds, problem.nodes, choice, strict=True):
+        again = sum("again" in built.nodes[m].meta for m in kind.members)
+        compute_s += float(node.seconds[k])
+        recompute_s += float(node.seconds[k]) * again / max(len(kind.members), 1)
+    compute_s -= recompute_s
     communication_s = sum(c.seconds for c in conversions(problem, choice))
     return Cost(
-        step_s=compute_s + communication_s,
+        step_s=compute_s + recompute_s + communication_s + waits_s,
         compute_s=compute_s,
+        recompute_s=recompute_s,
+        transfer_s=waits_s,
         communication_s=communication_s,
         peak_bytes=peak,
         memory=memory_at(built, choice, moment, trained, states),

@@ -65,6 +65,7 @@ class Value:
     room[p, q]        bytes that a conversion needs while it runs, source and copy left out; None for none
     produced[i]       the moment at which instance i is produced
     used[i, t], held[i, t]    when consumer t of instance i takes it, and when it lets go (views hold their base)
+    gone[i]           (moment at which instance i has left for elsewhere, moment at which it comes back), -1 when it stays; None: all stay
     partial[p]        True where the state holds Partial sums, which are always reduced once
     rank[i]           position of instance i among all instances of values with this name, in program order
     """
@@ -85,6 +86,7 @@ class Value:
     room: np.ndarray | None = None
     rank: tuple[int, ...] = ()
     partial: np.ndarray | None = None
+    gone: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -103,7 +105,8 @@ class Problem:
     """Minimise seconds subject to `limit_bytes` at each of the moments 0 … moments-1.
 
     prices: (moment, seconds per byte) pairs; what memory costs there is part of the objective.
-    forward_end: the last moment of forward; -1 when there is no backward.
+    forward_end: the last moment of forward; -1 when there is no backward. borders: where stretches of ops begin, see window.py.
+    host_bytes_s: what a link to host memory carries in one direction; 0 when nothing may wait there.
     """
 
     nodes: tuple[Node, ...]
@@ -112,6 +115,8 @@ class Problem:
     fixed_bytes: int = 0
     limit_bytes: int | None = None
     forward_end: int = -1
+    borders: tuple[int, ...] = ()
+    host_bytes_s: float = 0.0
     prices: tuple[tuple[int, float], ...] = ()
 
 
@@ -178,10 +183,20 @@ def items(problem: Problem, choice: Sequence[int]) -> Iterator[Item]:
             start, last = value.used[:, takers].min(axis=1), value.held[:, takers].max(axis=1)
             end = np.maximum(end, last if value.same[p, q] else start)
             if not value.same[p, q]:
-                yield Item(v, int(value.copy_bytes[q]), start, last, q, tuple(takers))
+                yield Item(v, int(value.copy_bytes[q]), *_present(value, start, last), q, tuple(takers))
                 if value.room is not None and value.room[p, q]:
                     yield Item(v, int(value.room[p, q]), start, start, q, tuple(takers))
-        yield Item(v, int(value.bytes[p]), value.produced, end, -1, ())
+        yield Item(v, int(value.bytes[p]), *_present(value, value.produced, end), -1, ())
+
+
+def _present(value: Value, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The stretches in which tensors that live from `start` to `end` are on the device."""
+    if value.gone is None:
+        return start, end
+    left, back = value.gone.T
+    away = (left > start) & (left <= end) & (back >= left)
+    first = np.where(away, left - 1, end)
+    return np.concatenate([start, back[away]]), np.concatenate([first, end[away]])
 
 
 def resident_bytes(problem: Problem, choice: Sequence[int]) -> int:

@@ -114,7 +114,7 @@ class _Replay:
     def _first_needs(self) -> dict[fx.Node, int]:
         """Of every op that needs a twin the position of the op of backward that needs it first, itself or through other twins."""
         position = {node: i for i, node in enumerate(self.order)}
-        chosen, out = set(self.chosen), {}
+        chosen, out = set(self.chosen), dict[fx.Node, int]()
         for node in reversed(self.chosen):
             wanted = [out[u] if u in out else position[u] for u in takers(node) if u in out or (u not in chosen and is_late(u))]
             if wanted:

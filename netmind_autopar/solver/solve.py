@@ -16,14 +16,14 @@ from ..ir.program import Program
 from ..rules.algebra import Rule, Strategy, is_legal, strategies
 from ..tracer.hash import graph_hash as hash_of
 from . import milp
-from .build import Built, build, trained_parameters
+from .build import Built, trained_parameters
 from .conversions import end_rules
 from .explain import collectives_of, cost_of, replicated_of
 from .fold import classes
 from .memory import largest
 from .pins import Pin, pinned
 from .problem import Choice, evaluate
-from .saving.decide import Task, within
+from .saving.decide import Decision, Task, within
 from .search import solve_problem
 from .shard import Solution
 
@@ -43,28 +43,30 @@ def solve(
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
+    offload: bool = False,
 ) -> Plan:
     """The cheapest plan that fits.
 
     memory_limit: bytes per device, the device's own memory when None. pins: parameter name -> placements: "S(0)" (on every axis),
     "R S(0)" or ("R", "S(0)") (one per axis) or {"tp": "S(0)"} (other axes free). forbid: parameter name -> placements that it must
     not have: "S(0)" or ("S(0)", "S(1)") (on any axis) or {"tp": "S(0)"} (on this one). random_costs: a seed for random prices.
-    time_limit: seconds for the solver, after which the best plan found is returned as "feasible" with its true gap. gap: relative.
+    offload: activations may wait for backward in host memory. time_limit: seconds for the solver, after which the best plan found is
+    returned as "feasible" with its true gap. gap: relative.
     Raises InputError (pins, optimizer), InfeasibleError (nothing fits), SolverError (nothing found in time).
     """
     start, clock = time.process_time(), time.monotonic()
     limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
     states = optimizer_states(optimizer)
     conversions = Conversions(mesh, random_costs)
-    task = Task(program, rules, mesh, conversions, inputs, states)
+    task = Task(program, rules, mesh, conversions, inputs, states, offload)
     built = task.build()
     allowed = pinned(program, built, mesh, pins or {}, forbid or {})
     found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
-    recompute: tuple[str, ...] = ()
-    regather: tuple[str, ...] = ()
+    saving = Decision(built, found)
     if found.choice is not None and evaluate(built.problem, found.choice)[1] > limit:
         left = max(time_limit - (time.monotonic() - clock), 1.0)
-        built, found, recompute, regather = within(task, built, found, limit, allowed=allowed, time_limit=left, gap=gap)
+        saving = within(task, built, found, limit, allowed=allowed, time_limit=left, gap=gap)
+        built, found = saving.built, saving.solution
     if found.choice is None or found.seconds == math.inf:
         raise _refusal(built, found, limit, bool(pins or forbid))
     plan = assemble(
@@ -78,8 +80,10 @@ def solve(
         limit=limit,
         optimizer=optimizer,
         inputs=inputs,
-        recompute=recompute,
-        regather=regather,
+        recompute=saving.recompute,
+        regather=saving.regather,
+        offload=saving.offload,
+        waits_s=saving.waits_s,
     )
     return plan.timed(time.process_time() - start)
 
@@ -98,10 +102,12 @@ def assemble(
     inputs: Literal["global", "local"],
     recompute: tuple[str, ...] = (),
     regather: tuple[str, ...] = (),
+    offload: tuple[str, ...] = (),
+    waits_s: float = 0.0,
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
     assert found.choice is not None
-    cost = cost_of(built, found.choice, trained_parameters(program), optimizer_states(optimizer))
+    cost = cost_of(built, found.choice, trained_parameters(program), optimizer_states(optimizer), waits_s)
     bound = max(0.0, min(found.bound, cost.step_s))
     choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
     return Plan(
@@ -114,6 +120,7 @@ def assemble(
         choices=choices,
         recompute=recompute,
         regather=regather,
+        offload=offload,
         cost=cost,
         mesh=tuple(PlanAxis(name=a.name, size=a.size, bandwidth_bytes_s=a.bandwidth_bytes_s, latency_s=a.latency_s) for a in mesh.axes),
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),

@@ -31,6 +31,7 @@ NODES = 50  # how often an integer program may branch that is not to prove anyth
 ROUNDS, SWEEPS = 60, 60  # rounds at most, sweeps in each
 STALLED, FAILED = 2, 4  # linear programs, integer programs that gain nothing one after the other, which end the search
 DRAWN = 10  # plans drawn for one integer program
+GAIN = 1e-5  # relative: what is less is no gain
 ROUNDING = 1e-10  # relative, of sums of many numbers
 
 
@@ -51,19 +52,17 @@ class Search:
         self.prices: dict[int, float] = {}
         self.moments: set[int] = set()
         self.seeds: list[list[int]] = []
-        self.settled = SETTLED
+        self.settled, self.lowest = SETTLED, math.inf
         tables = (t[np.isfinite(t)].max(initial=0.0) for t in field.problem.tables)
         self.worst = 2.0 * (abs(field.fixed) + float(np.abs(field.costs).sum()) + float(sum(map(abs, tables))))  # no choice costs more
 
     def go(self) -> None:
         self.begin()
-        still, failed, least, pool = 0, 0, math.inf, np.zeros(self.field.size, bool)
+        still, failed, pool = 0, 0, np.zeros(self.field.size, bool)
         for step in range(ROUNDS):
             if still < STALLED or step % 4 == 0:
-                relaxed = self.relax()
-                now = relaxed.cost if relaxed else math.inf
-                still = 0 if least - now > 1e-5 * abs(now) else still + 1
-                least = min(least, now)
+                before, relaxed = self.lowest, self.relax()
+                still = 0 if relaxed and before - relaxed.cost > GAIN * abs(relaxed.cost) else still + 1
                 pool |= self.used
             self.sweeps(SWEEPS)
             if self.done() or self.close():
@@ -71,7 +70,17 @@ class Search:
             if still:
                 failed = 0 if self.polish(pool, BROAD if failed else 0) else failed + 1
                 if failed >= FAILED and still >= STALLED:
-                    return
+                    break
+        self.prove()
+
+    def prove(self) -> None:
+        """Sweeps alone while they raise the bound; a half of the time that is left at most."""
+        half, before = 0.5 * (time.monotonic() + self.deadline), -math.inf
+        while self.bound - before > GAIN * abs(self.bound) and time.monotonic() < half:
+            before = self.bound
+            self.sweeps(SWEEPS)
+            if self.done() or self.close():
+                return
 
     def done(self) -> bool:
         if self.best is None and self.bound > self.worst:
@@ -162,8 +171,9 @@ class Search:
             return None
         self.moments, self.prices = set(relaxed.prices), relaxed.prices
         self.used = relaxed.flat > 1e-7
-        if relaxed.over <= 1e-6:  # from here on the last linear program's own strategies are enough
-            self.seeds = []
+        if relaxed.over <= 1e-6 and self.lowest - relaxed.cost < 0.01 * abs(relaxed.cost):
+            self.seeds = []  # from here on the last linear program's own strategies are enough
+        self.lowest = min(self.lowest, relaxed.cost)
         base = np.zeros(self.field.size, bool)
         base[self.field.offset[:-1] + [int(part.argmax()) for part in self.field.split(relaxed.flat)]] = True
         self.whole(self.within(base, np.where(self.used, 1.0 - relaxed.flat, math.inf), NARROW))
@@ -214,4 +224,4 @@ class Search:
             pool |= self.of([drawn])
         excess = np.where(self.possible, self.excess, math.inf)
         self.whole(self.within(pool & self.possible | self.of([]), excess, most))
-        return self.cost < before - 1e-6 * abs(before)
+        return self.cost < before - GAIN * abs(before)

@@ -23,14 +23,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import milp
-from .tape import Op, Run, Saved, Tape
+from .tape import NONE, Op, Run, Saved, Tape
 
 FAR = 1 << 60
+HIDDEN = 0.9  # of a phase's seconds transfers are planned to hide behind
 
 
 @dataclass
 class Thing:
-    """A class of tensors that forward makes: `items` are its tensors. maker: the part that makes it, or its source; -1 for what is given, -2 for what cannot run again."""
+    """A class of tensors that forward makes: `items` are its tensors.
+
+    maker: the part that makes it, or its source; -1 for what is given, -2 for what cannot run again.
+    """
 
     value: int
     source: int  # the thing that a copy is converted from, -1
@@ -40,6 +44,7 @@ class Thing:
     movable: bool  # a copy that `regather` can give up
     seconds: float = 0.0  # of converting all items once more
     needed: bool = False
+    away: bool = False  # it waits for backward elsewhere
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ class Part:
 class Answer:
     """A solution: shares per part that runs again and per copy that is converted again, per thing the share that is kept.
 
-    prices: of memory at the rows' moments, seconds per byte. links[j, i]: what part j, when it runs again, pays for having thing i, and what
-    i's origin earns by being there and by being kept, seconds.
+    offload: per thing the share that waits elsewhere. host: what a second more of transfers would save, out and back, in seconds.
+    prices: of memory at the rows' moments, seconds per byte. links[j, i]: what part j, when it runs again, pays for having thing i,
+    and what i's origin earns by being there and by being kept, seconds.
     """
 
     recompute: Mapping[int, float]
@@ -71,14 +77,16 @@ class Answer:
     kept: np.ndarray
     seconds: float
     prices: Mapping[int, float]
+    offload: Mapping[int, float]
+    host: tuple[float, float]
     links: Mapping[tuple[int, int], tuple[float, float, float]]
 
 
 class Cut:
     """The program for one tape. Make it once, solve it for several limits or prices."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape, self.problem = tape, tape.problem
+    def __init__(self, tape: Tape, offload: Mapping[str, frozenset[int]] | None = None) -> None:
+        self.tape, self.problem, self.offload = tape, tape.problem, offload or {}
         self.least: tuple[Saved, Run] | None = None  # kept by mix.least
         self.end = tape.problem.forward_end
         self.forward = [op for op in tape.ops if op.final < 0 and op.moment <= self.end]
@@ -106,12 +114,17 @@ class Cut:
         for op in self.forward:
             if not self.problem.nodes[op.node].again:
                 continue
-            key = (op.node, *(self.tape.value[t] for t in op.makes))
+            key = (op.node, *(self.tape.value[t] for t in op.makes), *(self.is_away(t) for t in op.makes))
             if key not in keys:
                 keys[key] = len(self.parts)
                 self.parts.append(Part(op.node, []))
             self.part[op.moment] = keys[key]
             self.parts[keys[key]].ops.append(op)
+
+    def is_away(self, t: int) -> bool:
+        """Whether tensor t waits for backward elsewhere."""
+        name = self.problem.values[self.tape.value[t]].name
+        return self.tape.source[t] < 0 and self.tape.bytes[t] > 0 and self.tape.rank[t] in self.offload.get(name, NONE)
 
     def _reads(self) -> None:
         """Per tensor: its root (the tensor whose memory it is), last read in forward, first and last direct read in backward."""
@@ -157,7 +170,7 @@ class Cut:
             key = (v, tape.target[t], part)
             if key not in keys:
                 keys[key] = len(self.things)
-                self.things.append(Thing(v, self.of.get(source, -1), part, [], tape.bytes[t], tape.again[t]))
+                self.things.append(Thing(v, self.of.get(source, -1), part, [], tape.bytes[t], tape.again[t], away=self.is_away(t)))
             thing = self.things[keys[key]]
             thing.items.append(t)
             thing.seconds += tape.seconds[t]
@@ -182,7 +195,7 @@ class Cut:
                     if self.first[t] < FAR:
                         within[start] += 1
                         within[end] -= 1
-            self.gap[i] = np.cumsum(steps[:-1])
+            self.gap[i] = 0 if thing.away else np.cumsum(steps[:-1])
             self.base -= np.cumsum(within[:-1]).astype(np.int64) * thing.bytes
 
     def _needs(self) -> list[int]:
@@ -220,11 +233,13 @@ class Cut:
         """Both are in layers, and not in the same one."""
         return maker is not None and min(self.layer(maker), self.layer(taker)) >= 0 and self.layer(maker) != self.layer(taker)
 
-    def solve(self, prices: Mapping[int, float] | None = None, limit: int | None = None, rows: Sequence[int] = ()) -> Answer | None:
+    def solve(
+        self, prices: Mapping[int, float] | None = None, limit: int | None = None, rows: Sequence[int] = (), *, host: bool = False
+    ) -> Answer | None:
         """The cheapest shares when a byte that waits at moment m costs `prices[m]` seconds, or when `rows` stay within `limit` bytes.
 
-        None when no shares fit."""
-        work = _Program(self, prices or {})
+        host: things may wait elsewhere. None when no shares fit."""
+        work = _Program(self, prices or {}, host and self.problem.host_bytes_s > 0)
         numbers = {m: work.memory(m, limit or 0) for m in rows}
         return work.answer(numbers, limit or 0)
 
@@ -241,7 +256,7 @@ class Cut:
         return Way(frozenset(parts), frozenset(copies))
 
     def _gone(self, i: int, parts: set[int], answer: Answer) -> bool:
-        return i >= 0 and (self.things[i].maker in parts or answer.again.get(i, 0.0) >= 0.5)
+        return i >= 0 and (self.things[i].away or self.things[i].maker in parts or answer.again.get(i, 0.0) >= 0.5)
 
     def layer_of(self, thing: Thing, t: int) -> int:
         """The layer of one of a thing's tensors: its maker's, or for what is given its position's."""
@@ -256,8 +271,10 @@ class Cut:
 class _Program:
     """The linear program. Seconds and bytes are scaled to about one."""
 
-    def __init__(self, cut: Cut, prices: Mapping[int, float]) -> None:
-        self.cut, self.model = cut, milp.Model()
+    def __init__(self, cut: Cut, prices: Mapping[int, float], host: bool) -> None:
+        self.cut, self.model, self.host = cut, milp.Model(), host
+        self.o: dict[int, int] = {}
+        self.waits: list[int] = []
         self.scale = sum(op.seconds for op in cut.forward) or 1.0
         self.r = {j: self.model.var(sum(op.seconds for op in p.ops) / self.scale + 1e-7, True) for j, p in enumerate(cut.parts)}
         charge = np.zeros(len(cut.things))
@@ -271,9 +288,23 @@ class _Program:
         for i, thing in enumerate(cut.things):
             self._thing(i, thing, float(charge[i]) * thing.bytes / self.scale)
         self._takes()
+        self.link = self._link() if host else ()
+
+    def _link(self) -> tuple[int, ...]:
+        """Transfers out hide behind forward, those back behind backward; what does not hide is waited for. The numbers of both rows."""
+        cut, rows = self.cut, []
+        speed = cut.problem.host_bytes_s * self.scale
+        spent = sum(op.seconds for op in cut.tape.ops if op.final < 0) - self.scale
+        for hidden in (self.scale, spent):
+            wait = self.model.var(1.0)
+            self.waits.append(wait)
+            terms = {o: len(cut.things[i].items) * cut.things[i].bytes / speed for i, o in self.o.items()}
+            self.model.row({**terms, wait: -1.0}, -math.inf, HIDDEN * hidden / self.scale)
+            rows.append(len(self.model.rows) - 1)
+        return tuple(rows)
 
     def _thing(self, i: int, thing: Thing, price: float) -> None:
-        if thing.source < 0 and thing.maker == -1:
+        if thing.away or (thing.source < 0 and thing.maker == -1):
             self.a.append(None)
             self.k.append(None)
             return
@@ -287,8 +318,9 @@ class _Program:
                 self.k.append(None)
                 self._at_most(a, r)
                 return
-            k = self._kept(a, r, price)
-            self.k.append(k)
+            if self.host and thing.bytes and self.cut.gap[i].any():
+                self.o[i] = self.model.var(1e-7, True)
+            self.k.append(self._kept(a, r, price, self.o.get(i)))
             return
         again = self.c[i] = self.model.var(thing.seconds / self.scale + 1e-7, True)
         source, r = self.a[thing.source], self.r.get(thing.maker)
@@ -300,9 +332,9 @@ class _Program:
             self.model.row({again: 1.0, **({r: -1.0} if r is not None else {})}, -math.inf, 0.0)
         self.k.append(self._kept(a, again, price))
 
-    def _kept(self, a: int, made: int | None, price: float) -> int:
+    def _kept(self, a: int, made: int | None, price: float, away: int | None = None) -> int:
         k = self.model.var(price + 1e-9, True)
-        self.model.row({k: 1.0, a: -1.0, **({made: 1.0} if made is not None else {})}, 0.0, math.inf)
+        self.model.row({k: 1.0, a: -1.0, **{v: 1.0 for v in (made, away) if v is not None}}, 0.0, math.inf)
         return k
 
     def _at_most(self, low: int, high: int) -> int:
@@ -330,7 +362,10 @@ class _Program:
             rows[0] = self._at_most(self.r[j], a)
         if not across:
             return
-        terms = {v: 1.0 for v in (k, self.k[source] if source >= 0 else None) if v is not None}
+        if self.cut.things[i].away or (source >= 0 and self.cut.things[source].away):
+            return  # it comes back from elsewhere
+        ways = (k, self.o.get(i), *((self.k[source], self.o.get(source)) if source >= 0 else ()))
+        terms = {v: 1.0 for v in ways if v is not None}
         if terms:
             self.model.row({**terms, self.r[j]: -1.0}, 0.0, math.inf)
             rows[1] = len(self.model.rows) - 1
@@ -357,7 +392,10 @@ class _Program:
         recompute = {j: float(x[v]) for j, v in self.r.items() if x[v] > 1e-6}
         again = {i: float(x[v]) for i, v in self.c.items() if x[v] > 1e-6}
         seconds = sum(self.model.cost[v] * x[v] for v in (*self.r.values(), *self.c.values())) * self.scale
-        return Answer(recompute, again, kept, float(seconds), prices, self._links(duals * self.scale))
+        offload = {i: float(x[v]) for i, v in self.o.items() if x[v] > 1e-6}
+        seconds += sum(float(x[v]) for v in self.waits) * self.scale
+        host = tuple(float(duals[row]) for row in self.link) or (0.0, 0.0)
+        return Answer(recompute, again, kept, float(seconds), prices, offload, host, self._links(duals * self.scale))  # type: ignore[arg-type]
 
     def _links(self, duals: np.ndarray) -> dict[tuple[int, int], tuple[float, float, float]]:
         out = {}

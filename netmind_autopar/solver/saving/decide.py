@@ -18,14 +18,31 @@ from ..build import Built, build
 from ..conversions import end_rules, regathered
 from ..fold import classes
 from ..presolve import Kept, cells, reduce
-from ..problem import Choice, Problem, evaluate
-from ..replay import rewritten
+from ..problem import Problem, evaluate
+from ..replay import offloaded, rewritten
 from ..search import solve_problem
 from ..shard import Solution
 from .joint import Joint, solve_joint
 from .tape import Saved
 
-Decision = tuple[Built, Solution, tuple[str, ...], tuple[str, ...]]  # what was solved, the solution, `recompute` and `regather`
+
+@dataclass(frozen=True)
+class Decision:
+    """What was solved, the solution, and what a plan says about saving memory. waits_s: seconds of waiting for transfers."""
+
+    built: Built
+    solution: Solution
+    recompute: tuple[str, ...] = ()
+    regather: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+    waits_s: float = 0.0
+
+    @property
+    def peak(self) -> int:
+        assert self.solution.choice is not None
+        return evaluate(self.built.problem, self.solution.choice)[1]
+
+
 EXACT_CELLS = 1_500  # a problem of this size is solved without recomputation too, exactly
 TRIES = 4  # rounds of asking for less where the tape saw less than the rewritten program needs
 
@@ -40,6 +57,7 @@ class Task:
     conversions: Conversions
     inputs: str
     states: int
+    offload: bool = False  # activations may wait in host memory
 
     @functools.cached_property
     def known(self) -> tuple[dict[str, Rule], dict[str, str]]:
@@ -47,12 +65,15 @@ class Task:
         rules = {**end_rules(self.program, self.inputs), **self.rules}
         return rules, classes(self.program, rules)
 
-    def build(self, recompute: tuple[str, ...] = (), regather: tuple[str, ...] = (), limit: int | None = None) -> Built:
-        """The problem of the program that runs when this is recomputed and regathered."""
+    def build(
+        self, recompute: tuple[str, ...] = (), regather: tuple[str, ...] = (), offload: tuple[str, ...] = (), limit: int | None = None
+    ) -> Built:
+        """The problem of the program that runs when this is recomputed, regathered and offloaded."""
         program, rules, again = self.program, self.rules, frozenset()  # type: ignore[var-annotated]
-        if recompute or regather:
+        away: dict[tuple[str, int], str] = {}
+        if recompute or regather or offload:
             known, names = self.known
-            again = regathered(program, names, regather)
+            again, away = regathered(program, names, regather), offloaded(program, offload, names)
             new = rewritten(program, known, names, recompute)
             program, rules = new.program, new.rules
         seed = self.conversions.random_costs
@@ -66,6 +87,7 @@ class Task:
             random_costs=seed,
             limit_bytes=limit,
             regather=again,
+            away=away,
         )
 
 
@@ -76,56 +98,51 @@ def within(task: Task, built: Built, first: Solution, limit: int, *, allowed: Ke
     """
     assert first.choice is not None
     deadline = time.monotonic() + time_limit
-    found: Decision | None = None
-    asked, joint = limit, None
+    problem = built.problem if task.offload else replace(built.problem, host_bytes_s=0.0)
+    asked = limit
     for _ in range(TRIES):
         left = max(deadline - time.monotonic(), 1.0)
-        joint = solve_joint(built.problem, first.choice, asked, allowed=allowed, bound=first.bound, gap=gap, time_limit=left)
+        joint = solve_joint(problem, first.choice, asked, allowed=allowed, bound=first.bound, gap=gap, time_limit=left)
         found = _written(task, built, joint, limit, gap)
-        peak = evaluate(found[0].problem, _choice(found))[1]
-        if not joint.fits or peak <= limit:
+        if not joint.fits or found.peak <= limit:
             break
-        asked -= peak - limit
-    assert found is not None and joint is not None
+        asked -= found.peak - limit
     if joint.fits and cells(built.problem, reduce(built.problem, allowed)) > EXACT_CELLS:
         return found
     left = max(deadline - time.monotonic(), 1.0)
     other = _without_recompute(task, limit, allowed=allowed, bound=joint.bound, time_limit=left, gap=gap)
-    return min((found, other), key=lambda decision: (decision[1].seconds, evaluate(decision[0].problem, _choice(decision))[1]))
-
-
-def _choice(decision: Decision) -> Choice:
-    assert decision[1].choice is not None
-    return decision[1].choice
+    return min((found, other), key=lambda decision: (decision.solution.seconds, decision.peak))
 
 
 def _written(task: Task, built: Built, joint: Joint, limit: int, gap: float) -> Decision:
     """The joint plan as names, counted out on the rewritten program."""
-    recompute, regather = entries(built.problem, joint.saved)
-    new = task.build(recompute, regather, limit)
+    recompute, regather, offload = entries(built.problem, joint.saved)
+    new = task.build(recompute, regather, offload, limit)
     at = {kind.name: k for kind, k in zip(built.kinds, joint.choice, strict=True)}
     choice = tuple(at[kind.name] for kind in new.kinds)
     seconds, peak, _ = evaluate(new.problem, choice)
     if peak > limit:
-        return new, Solution(choice, math.inf, joint.bound, milp.INFEASIBLE), recompute, regather
+        return Decision(new, Solution(choice, math.inf, joint.bound, milp.INFEASIBLE), recompute, regather, offload)
+    seconds += joint.waits_s
     bound = min(joint.bound, seconds)
     closed = seconds - bound <= gap * abs(seconds)
-    return new, Solution(choice, seconds, bound, milp.OPTIMAL if closed else milp.FEASIBLE), recompute, regather
+    solution = Solution(choice, seconds, bound, milp.OPTIMAL if closed else milp.FEASIBLE)
+    return Decision(new, solution, recompute, regather, offload, joint.waits_s)
 
 
 def _without_recompute(task: Task, limit: int, *, allowed: Kept | None, bound: float, time_limit: float, gap: float) -> Decision:
     """The best plan that runs nothing twice but collectives. Its own bound says nothing about plans that do."""
     regather = (ALL,)
-    built = task.build((), regather, limit)
+    built = task.build((), regather, (), limit)
     found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
     if found.choice is None or found.seconds == math.inf:
-        return built, found, (), regather
+        return Decision(built, found, (), regather)
     closed = found.seconds - bound <= gap * abs(found.seconds)
-    return built, replace(found, bound=bound, status=milp.OPTIMAL if closed else milp.FEASIBLE), (), regather
+    return Decision(built, replace(found, bound=bound, status=milp.OPTIMAL if closed else milp.FEASIBLE), (), regather)
 
 
-def entries(problem: Problem, saved: Saved) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`recompute` and `regather` of a plan: names, with a slice where not all members are meant."""
+def entries(problem: Problem, saved: Saved) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """`recompute`, `regather` and `offload` of a plan: names, with a slice where not all members are meant."""
     recompute: list[str] = []
     for n, ranks in sorted(saved.recompute.items()):
         node = problem.nodes[n]
@@ -133,5 +150,8 @@ def entries(problem: Problem, saved: Saved) -> tuple[tuple[str, ...], tuple[str,
     sizes: dict[str, int] = {}
     for value in problem.values:
         sizes[value.name] = sizes.get(value.name, 0) + value.count
-    regather = [entry for name, ranks in sorted(saved.regather.items()) for entry in entries_of(name, ranks, sizes[name])]
-    return tuple(recompute), tuple(regather)
+
+    def named(names: Mapping[str, frozenset[int]]) -> tuple[str, ...]:
+        return tuple(entry for name, ranks in sorted(names.items()) for entry in entries_of(name, ranks, sizes[name]))
+
+    return tuple(recompute), named(saved.regather), named(saved.offload)

@@ -38,6 +38,7 @@ class Joint:
     bound: float
     fits: bool
     prices: Mapping[int, float]
+    waits_s: float = 0.0
 
 
 class _Search:
@@ -63,9 +64,12 @@ class _Search:
 
     def step(self, cut: Cut, prices: Mapping[int, float], found: Fit | None) -> Choice | None:
         """The sharding that is cheapest at these prices."""
-        relaxed, constant = priced(cut, prices, shares(cut, found.answer if found else None), self.limit)
+        host = found.answer.host if found else (0.0, 0.0)
+        most = self.best[0] if self.best else 0.0
+        relaxed, constant = priced(cut, prices, shares(cut, found.answer if found else None), self.limit, host, most)
         answer = quick(relaxed, self.allowed, self.deadline)
-        self.bound = max(self.bound, answer.bound + constant)
+        if self.best is not None or self.problem.host_bytes_s <= 0:
+            self.bound = max(self.bound, answer.bound + constant)
         return answer.choice
 
     def closed(self) -> bool:
@@ -115,7 +119,7 @@ def _fall(search: _Search, cut: Cut) -> None:
 def _result(search: _Search) -> Joint:
     if search.best is not None:
         seconds, choice, found = search.best
-        return Joint(choice, found.saved, seconds, found.run.peak, min(search.bound, seconds), True, found.prices)
+        return Joint(choice, found.saved, seconds, found.run.peak, min(search.bound, seconds), True, found.prices, found.run.waits_s)
     assert search.smallest is not None
     peak, choice, saved = search.smallest
     return Joint(choice, saved, math.inf, peak, search.bound, False, {})

@@ -9,7 +9,7 @@ again needs meanwhile) is counted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,24 @@ class Fit:
 
 def fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
     """The cheapest found way to stay within `limit` bytes; None when there is none."""
+    ways = [_fit(tape, cut, limit)]
+    if tape.problem.host_bytes_s > 0 and (answer := crowd(cut, limit, host=True)) and (names := _sent(cut, answer)):
+        other = _fit(tape, Cut(tape, names), limit)
+        ways.append(replace(other, prices=answer.prices, answer=answer) if other else None)
+    return min((way for way in ways if way is not None), key=lambda way: way.run.seconds, default=None)
+
+
+def _sent(cut: Cut, answer: Answer) -> dict[str, frozenset[int]]:
+    """The tensors that wait elsewhere: of every thing its share, the first layers first, which wait the longest."""
+    out: dict[str, set[int]] = {}
+    for i, share in answer.offload.items():
+        thing = cut.things[i]
+        first = sorted(cut.tape.rank[t] for t in thing.items)[: int(share * len(thing.items) + 1e-6)]
+        out.setdefault(cut.problem.values[thing.value].name, set()).update(first)
+    return {name: frozenset(ranks) for name, ranks in sorted(out.items()) if ranks}
+
+
+def _fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
     found, first = _approach(tape, cut, limit)
     if found is not None and first is not None:
         return Fit(*found, first.prices, first)
@@ -69,7 +87,8 @@ def least(tape: Tape, cut: Cut) -> tuple[Saved, Run]:
         answer = cut.solve(prices=dict.fromkeys(crowded, price))
         assert answer is not None
         saved = blend(cut, cut.way(answer), cut.way(answer), 0)
-        best = min(((saved, tape.run(saved)), (Saved(), top)), key=lambda pair: pair[1].peak)
+        ways = saved, Saved(offload=cut.offload)
+        best = min(((way, tape.run(way)) for way in ways), key=lambda pair: pair[1].peak)
         low, high = int(cut.base.max()), best[1].peak
         for _ in range(HALVES):
             if high - low <= CLOSE * high:
@@ -90,7 +109,7 @@ def _between(tape: Tape, cut: Cut, answer: Answer, limit: int) -> tuple[tuple[Sa
     over, seen = 0, None
     for side in DEARER:
         more = _way(cut, answer, side)
-        if more == seen or more == less:
+        if more in (seen, less):
             continue
         seen = more
         found, over = _layers(tape, cut, less, more, limit)
@@ -102,7 +121,7 @@ def _between(tape: Tape, cut: Cut, answer: Answer, limit: int) -> tuple[tuple[Sa
     return (found if seen is None else None), over
 
 
-def crowd(cut: Cut, limit: int) -> Answer | None:
+def crowd(cut: Cut, limit: int, *, host: bool = False) -> Answer | None:
     """The linear program with the rows of all moments that matter."""
     sizes = np.array([thing.bytes for thing in cut.things], np.int64)
     rows = [int(cut.base.argmax())]
@@ -110,7 +129,7 @@ def crowd(cut: Cut, limit: int) -> Answer | None:
     rows += [m for m in (int(start.argmax()),) if m not in rows]
     answer: Answer | None = None
     for _ in range(ROWS):
-        answer = cut.solve(limit=limit, rows=rows)
+        answer = cut.solve(limit=limit, rows=rows, host=host)
         if answer is None:
             return None
         profile = cut.base + (sizes * answer.kept) @ cut.gap if len(sizes) else cut.base
@@ -167,4 +186,6 @@ def blend(cut: Cut, less: Way, more: Way, k: int) -> Saved:
         thing = cut.things[i]
         items = {cut.tape.rank[t] for t in thing.items if i in less.copies or chosen(cut.layer_of(thing, t))}
         regather.setdefault(cut.problem.values[thing.value].name, set()).update(items)
-    return Saved({n: frozenset(c) for n, c in recompute.items() if c}, {n: frozenset(c) for n, c in sorted(regather.items()) if c})
+    return Saved(
+        {n: frozenset(c) for n, c in recompute.items() if c}, {n: frozenset(c) for n, c in sorted(regather.items()) if c}, cut.offload
+    )

@@ -20,6 +20,7 @@ both. Charging forward e, backward e and both together C - e is the same, so two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -58,18 +59,26 @@ def shares(cut: Cut, answer: Answer | None) -> Shares:
     return Shares(value, copy, kept)
 
 
-def priced(cut: Cut, prices: Mapping[int, float], shares: Shares, limit: int) -> tuple[Problem, float]:
-    """The relaxation and the constant to add to its objective: the sum bounds the seconds of every plan within `limit`."""
+def priced(
+    cut: Cut, prices: Mapping[int, float], shares: Shares, limit: int, host: tuple[float, float] = (0.0, 0.0), most_s: float = 0.0
+) -> tuple[Problem, float]:
+    """The relaxation and the constant to add to its objective: the sum bounds the seconds of every plan within `limit`.
+
+    host: what a second of transfers out and back costs, when things may wait elsewhere; of either at most `most_s`, the seconds of a plan
+    in hand, hide behind a better one.
+    """
     problem = cut.problem
-    work = _Priced(cut, prices, shares)
+    work = _Priced(cut, prices, shares, sum(host) / problem.host_bytes_s if problem.host_bytes_s > 0 else math.inf)
     values = [new for v in range(len(problem.values)) for new in work.split(v)]
     ordered = tuple(sorted(prices.items()))
-    made = Problem(tuple(work.nodes), tuple(values), problem.moments, problem.fixed_bytes, None, problem.forward_end, ordered)
-    return made, -sum(prices.values()) * limit - work.shift
+    made = replace(problem, nodes=tuple(work.nodes), values=tuple(values), limit_bytes=None, prices=ordered)
+    hidden = sum(host) * most_s if problem.host_bytes_s > 0 else 0.0
+    return made, -sum(prices.values()) * limit - work.shift - hidden
 
 
 class _Priced:
-    def __init__(self, cut: Cut, prices: Mapping[int, float], shares: Shares) -> None:
+    def __init__(self, cut: Cut, prices: Mapping[int, float], shares: Shares, elsewhere: float = math.inf) -> None:
+        self.elsewhere = elsewhere  # seconds per byte that waits elsewhere
         self.problem, self.choice, self.shares, self.shift = cut.problem, cut.tape.choice, shares, 0.0
         problem = cut.problem
         self.total = np.zeros(problem.moments + 1)  # price of the moments before m
@@ -108,7 +117,8 @@ class _Priced:
             held = value.held[:, t]
             start = np.maximum(start, np.where(held <= end + 1, held, value.used[:, t] + 1))
         until = np.where(until < self.problem.moments, until, 0)
-        return np.where(until > start + 1, self.total[until] - self.total[np.minimum(start + 1, len(self.total) - 1)], 0.0)
+        waiting = np.where(until > start + 1, self.total[until] - self.total[np.minimum(start + 1, len(self.total) - 1)], 0.0)
+        return np.minimum(waiting, self.elsewhere)
 
     def _phases(self, value: Value) -> tuple[list[int], list[int]]:
         takers = range(len(value.consumers))

@@ -10,6 +10,8 @@ available in the same way. Running the tape counts seconds and bytes out exactly
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -47,11 +49,11 @@ class Op:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of the tape counts: seconds of everything, of what runs a second time, bytes at every event and its moment."""
+    """What a run of the tape counts: seconds of everything, of what runs a second time, of waiting for transfers; bytes at every event."""
 
     seconds: float
     again_s: float
-    moved_bytes: int
+    waits_s: float
     memory: np.ndarray
     moments: np.ndarray
 
@@ -172,7 +174,10 @@ class _Runner:
         self.room: list[tuple[int, int]] = []
         self.until: list[tuple[int, int]] = []
         self.seconds = self.again_s = 0.0
-        self.moved = 0
+        self.time: list[float] = []  # when an event ends
+        self.waits = self.out_free = self.in_free = 0.0
+        self.leaving: list[tuple[int, float]] = []  # until when (moment) a copy out must have arrived, and when it does
+        self.away = [False] * n
 
     def run(self) -> Run:
         tape, end = self.tape, self.tape.problem.forward_end
@@ -182,6 +187,7 @@ class _Runner:
             if tape.source[t] < 0 and tape.maker[t] is None and values[v].produced.max(initial=0) <= 0:
                 self._begin(t, 0)
         for op in tape.ops:
+            self._arrive(op.moment)
             if not backward and op.moment > end and op.final < 0:
                 self._let_go()
                 backward = True
@@ -195,7 +201,35 @@ class _Runner:
     def _event(self, moment: int, seconds: float) -> int:
         self.moment.append(moment)
         self.seconds += seconds
+        self.time.append(self.seconds + self.waits)
         return len(self.moment) - 1
+
+    def _wait(self, until: float) -> None:
+        self.waits += max(0.0, until - self.seconds - self.waits)
+
+    def _send(self, t: int, event: int, moment: int) -> None:
+        """The copy out starts; the memory is given back at a border of blocks."""
+        borders, end = self.tape.problem.borders, self.tape.problem.forward_end
+        self.out_free = max(self.out_free, self.seconds + self.waits) + self.tape.bytes[t] / self.tape.problem.host_bytes_s
+        after = bisect_right(borders, moment) + 1
+        arrived = borders[after] if after < len(borders) and borders[after] <= end else end + 1
+        heapq.heappush(self.leaving, (arrived, self.out_free))
+        self.until.append((self.now[t], arrived - 1))
+
+    def _arrive(self, moment: int) -> None:
+        while self.leaving and self.leaving[0][0] <= moment:
+            self._wait(heapq.heappop(self.leaving)[1])
+
+    def _fetch(self, t: int, moment: int) -> None:
+        """The copy back started a block ahead; wait until it is there."""
+        borders, end = self.tape.problem.borders, self.tape.problem.forward_end
+        first = bisect_right(borders, end)
+        come = borders[max(bisect_right(borders, moment + 1) - 2, first)] if first < len(borders) else moment
+        event = min(bisect_left(self.moment, come), len(self.moment) - 1)
+        self.in_free = max(self.in_free, self.time[event]) + self.tape.bytes[t] / self.tape.problem.host_bytes_s
+        self._begin(t, event)
+        self._wait(self.in_free)
+        self.last[self.now[t]] = len(self.moment) - 1
 
     def _begin(self, t: int, event: int, base: tuple[int, ...] = ()) -> None:
         self.now[t] = len(self.start)
@@ -216,6 +250,13 @@ class _Runner:
         base = tuple(self.now[t] for t in op.takes) if op.view else ()
         for t in op.makes:
             self._begin(t, event, base)
+            if self.chosen(t) and moment == op.moment <= self.tape.problem.forward_end:
+                self._send(t, event, moment)
+
+    def chosen(self, t: int) -> bool:
+        """Whether tensor t goes elsewhere after forward."""
+        name = self.tape.problem.values[self.tape.value[t]].name
+        return self.tape.rank[t] in self.saved.offload.get(name, NONE) and self.tape.bytes[t] > 0
 
     def _let_go(self) -> None:
         """Backward begins: forget what is not kept."""
@@ -226,8 +267,8 @@ class _Runner:
             if maker is not None:
                 if maker.moment <= tape.problem.forward_end and nodes[maker.node].again:
                     self.fresh[t] = maker.rank not in self.saved.recompute.get(maker.node, NONE)
-                if self.fresh[t] and tape.rank[t] in self.saved.offload.get(name, NONE):
-                    self.fresh[t] = False
+                if self.fresh[t] and self.chosen(t):
+                    self.fresh[t], self.away[t] = False, True
             elif tape.source[t] >= 0 and self.now[t] >= 0:
                 source = tape.source[t]
                 given_up = tape.again[t] and tape.rank[t] in self.saved.regather.get(name, NONE)
@@ -255,9 +296,8 @@ class _Runner:
             self.again_s += op.seconds
             for made in op.makes:
                 self.fresh[made] = True
-        elif known:
-            self._begin(t, self._event(moment, 0.0))
-            self.moved += tape.bytes[t]
+        elif self.away[t]:
+            self._fetch(t, moment)
         else:  # the caller's: a tangent
             self._begin(t, max(len(self.moment) - 1, 0))
         self.fresh[t] = True
@@ -277,4 +317,4 @@ class _Runner:
         memory = np.cumsum(steps[:-1]) + self.tape.resident
         for event, room in self.room:
             memory[event] += room
-        return Run(self.seconds, self.again_s, self.moved, memory, moments)
+        return Run(self.seconds + self.waits, self.again_s, self.waits, memory, moments)
