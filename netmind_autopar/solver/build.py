@@ -254,6 +254,7 @@ class _Build:
             need,
             tuple(self.ranks[pair] for pair in group),
             convert.partial(sources),
+            self.gone(group),
         )
         return value, (Specs(convert, sources), Specs(convert, targets))
 
@@ -337,6 +338,7 @@ def build(
     the seconds of ops; pass conversions that were made with the same seed.
     """
     work = _Build(program, rules, conversions, inputs, regather)
+    work.away = frozenset(away)
     trained = trained_parameters(program)
     priced: dict[tuple, np.ndarray] = {}
     nodes = []
