@@ -83,7 +83,7 @@ def solve_baseline(
         (regather, bound) for bound in ((None, limit) if tight else (None,)) for regather in _regathers(task, recipes, roles, checkpoint)
     ]
     for regather, bound in rounds:
-        built = task.build(recompute, regather, bound)
+        built = task.build(recompute, regather, limit=bound)
         allowed = _both(built, restricted(program, built, roles, recipes), pinned(program, built, mesh, pins or {}, forbid or {}))
         found = solve_problem(built.problem, allowed=allowed, time_limit=max(deadline - time.monotonic(), 1.0), gap=gap)
         if found.choice is None:
