@@ -150,9 +150,17 @@ def live_bytes(
 
 def group_sizes(value: Value) -> list[np.ndarray]:
     """Per consumer and source state, how many consumers share a conversion with it."""
-    takers = range(len(value.consumers))
-    groups = [value.groups(p) for p in range(len(value.bytes))]
-    return [np.array([next(len(g) for g in per_state if t in g) for per_state in groups]) for t in takers]
+    phases = [c.phase for c in value.consumers]
+    per_phase = {phase: np.where(value.shared, len(phases), phases.count(phase)) for phase in set(phases)}
+    return [per_phase[phase] for phase in phases]
+
+
+def picked(table: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """`table[rows][:, cols]`, without copies where that is the table itself."""
+    for axis, at in enumerate((rows, cols)):
+        if len(at) != table.shape[axis] or (at != np.arange(len(at))).any():
+            table = table.take(at, axis=axis)
+    return table
 
 
 class States:
@@ -164,10 +172,10 @@ class States:
         self.order = np.argsort(states, kind="stable")
         self.present, self.starts = np.unique(states[self.order], return_index=True)
 
-    def least(self, table: np.ndarray) -> np.ndarray:
-        """Per state the least row of `table`, inf where no strategy has it."""
+    def least(self, table: np.ndarray, source: np.ndarray | None = None) -> np.ndarray:
+        """Per state the least row of `table`, inf where no strategy has it. Never `source` itself or a view of it."""
         if self.plain:
-            return table.copy()
+            return table.copy() if source is not None and np.may_share_memory(table, source) else table
         out = np.full((self.n, table.shape[1]), np.inf)
         out[self.present] = np.minimum.reduceat(table[self.order], self.starts, axis=0)
         return out
@@ -215,38 +223,41 @@ class Relaxed(Sweeps):
         self.prices: dict[int, float] = {}
         self.node = [weight * n.seconds[list(ks)] for n, ks in zip(problem.nodes, kept, strict=True)]
         self.edge: dict[tuple[int, int], np.ndarray] = {}
-        shares = [self._shares(value, weight) for value in problem.values]
+        bases = [self._base(value, weight) for value in problem.values]
         top = sum(float(t.max(initial=0.0)) for t in self.node)
-        top += sum(float(np.max(s[np.isfinite(s)], initial=0.0)) for parts in shares for s in parts)
-        for value, parts in zip(problem.values, shares, strict=True):
-            for t, share in enumerate(parts):
-                self._add(value, t, np.where(np.isfinite(share), share, 4.0 * top + 1e-9))
+        sizes = [group_sizes(value) for value in problem.values]
+        for base, numbers in zip(bases, sizes, strict=True):
+            most = base.max(axis=1, initial=0.0)
+            top += sum(float((most / n).max(initial=0.0)) for n in numbers)
+        for value, base, numbers in zip(problem.values, bases, sizes, strict=True):
+            possible = np.isfinite(value.seconds)
+            for t, n in enumerate(numbers):
+                share = base if (n == 1).all() else base / n[:, None]
+                self._add(value, t, share if possible.all() else np.where(possible, share, 4.0 * top + 1e-9))
         self._start_shares(weight)
         self.link()
 
-    def _shares(self, value: Value, weight: float) -> list[np.ndarray]:
-        """Per consumer the charge for every pair of states."""
-        possible = np.isfinite(value.seconds)
-        base = np.where(possible, np.where(possible, value.seconds, 0.0) * weight * value.count, np.inf)
-        return [base / n[:, None] for n in group_sizes(value)]
+    def _base(self, value: Value, weight: float) -> np.ndarray:
+        """The price of every pair of states, of all instances; 0 where it is impossible."""
+        return np.where(np.isfinite(value.seconds), value.seconds, 0.0) * weight * value.count
 
     def reprice(self, prices: Prices, limit: float) -> None:
         """Charge memory at these moments, seconds per byte, instead of what was charged before."""
-        source = [np.zeros(len(value.bytes)) for value in self.problem.values]
-        shares = [[np.zeros(value.seconds.shape) for _ in value.consumers] for value in self.problem.values]
-        touched: set[int] = set()
+        found: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}  # per value what its source pays, and what its consumers do
         for m in sorted({*prices, *self.prices}):
             change = prices.get(m, 0.0) - self.prices.get(m, 0.0)
             for v, pattern in self.moments.at(m) if change else ():
-                touched.add(v)
-                self._charge(self.problem.values[v], pattern, change * pattern.count, source[v], shares[v])
+                value = self.problem.values[v]
+                if v not in found:
+                    found[v] = np.zeros(len(value.bytes)), [np.zeros(value.seconds.shape) for _ in value.consumers]
+                self._charge(value, pattern, change * pattern.count, *found[v])
         more = sum(prices.values()) - sum(self.prices.values())
         for i, ks in enumerate(self.kept):
             self.node[i] = self.node[i] + more * self.problem.nodes[i].resident[list(ks)]
-        for v in sorted(touched):
-            value = self.problem.values[v]
-            self.node[value.node] = self.node[value.node] + source[v][value.state[list(self.kept[value.node])]]
-            for t, share in enumerate(shares[v]):
+        for v in sorted(found):
+            value, (source, shares) = self.problem.values[v], found[v]
+            self.node[value.node] = self.node[value.node] + source[value.state[list(self.kept[value.node])]]
+            for t, share in enumerate(shares):
                 self._add(value, t, share)
         self.constant = sum(prices.values()) * (self.problem.fixed_bytes - limit)
         self.prices = dict(prices)
@@ -254,21 +265,23 @@ class Relaxed(Sweeps):
 
     def _charge(self, value: Value, pattern: Pattern, price: float, source: np.ndarray, shares: list[np.ndarray]) -> None:
         holders = [t for t in range(len(shares)) if pattern.holds[t]]
-        for p in range(len(source)):
-            groups = value.groups(p)
+        for rows in (np.flatnonzero(value.shared), np.flatnonzero(~value.shared)):
+            if not len(rows):
+                continue
+            groups, same = value.groups(int(rows[0])), value.same[rows]
             if pattern.fresh or any(all(pattern.later[t] for t in group) for group in groups):
-                source[p] += price * value.bytes[p]
+                source[rows] += price * value.bytes[rows]
             else:
                 for t in holders:
-                    shares[t][p] += price * value.bytes[p] * value.same[p] / len(holders)
+                    shares[t][rows] += price * value.bytes[rows, None] * same / len(holders)
             for group in groups:
                 both = [t for t in group if pattern.taken[t] and pattern.holds[t]]
                 for t in both:
-                    shares[t][p] += price * value.copy_bytes * ~value.same[p] / len(both)
+                    shares[t][rows] += price * value.copy_bytes * ~same / len(both)
                 now = [t for t in pattern.now if t in group]
                 if value.room is not None and now and all(pattern.later[t] for t in group):
                     for t in now:
-                        shares[t][p] += price * value.room[p] * ~value.same[p] / len(now)
+                        shares[t][rows] += price * value.room[rows] * ~same / len(now)
 
     def _add(self, value: Value, t: int, share: np.ndarray) -> None:
         i, j = value.node, value.consumers[t].node
@@ -276,7 +289,7 @@ class Relaxed(Sweeps):
         if i == j:
             self.node[i] = self.node[i] + share[rows, cols]
             return
-        table = share[rows][:, cols]
+        table = picked(share, rows, cols)
         if not table.any():
             return
         key, table = ((i, j), table) if i < j else ((j, i), table.T)
@@ -303,21 +316,23 @@ class Relaxed(Sweeps):
     def rebalance(self) -> None:
         """Take from every member of a group what it can spare of its charge and hand it out evenly. The bound does not fall."""
         for group in self.shared:
-            value, pools = group.value, np.zeros((3, *group.charge[0].shape))  # all consumers, forward, backward
+            value, mixed = group.value, not group.all.all()
             ends = [(self._table(value, t), *self._ends(group, t)) for t in range(len(value.consumers))]
+            pools = np.zeros((2 if mixed else 1, *group.charge[0].shape))  # of all consumers, or per phase
             for t, (table, rows, cols) in enumerate(ends):
                 if table is None:
                     continue
-                least = cols.least(rows.least(table).T).T
+                least = cols.least(rows.least(table).T, table).T
                 least -= max(float(table.min()), 0.0)
                 spare = np.minimum(np.maximum(least, 0.0, out=least), group.charge[t], out=least)
                 group.charge[t] -= spare
                 table -= cols.spread(rows.spread(spare).T).T
-                pools[0] += spare * group.all[:, None]
-                pools[1 + value.consumers[t].phase] += spare * ~group.all[:, None]
+                pools[value.consumers[t].phase if mixed else 0] += spare
+            if mixed:
+                pools = np.where(group.all[:, None], pools.sum(axis=0), pools)
             for t, (table, rows, cols) in enumerate(ends):
                 if table is not None:
-                    more = np.where(group.all[:, None], pools[0], pools[1 + value.consumers[t].phase]) / group.sizes[t][:, None]
+                    more = pools[value.consumers[t].phase if mixed else 0] / group.sizes[t][:, None]
                     group.charge[t] += more
                     table += cols.spread(rows.spread(more).T).T
 
@@ -331,9 +346,9 @@ class Relaxed(Sweeps):
 
     def restrict(self, kept: Kept) -> None:
         """Forget the strategies that are not in `kept`; the messages of the others stay."""
-        at = [[old.index(k) for k in new] for old, new in zip(self.kept, kept, strict=True)]
+        at = [np.searchsorted(old, new) for old, new in zip(self.kept, kept, strict=True)]  # strategies ascend
         self.node = [theta[ks] for theta, ks in zip(self.node, at, strict=True)]
-        self.edge = {(i, j): table[at[i]][:, at[j]] for (i, j), table in self.edge.items()}
+        self.edge = {(i, j): picked(table, at[i], at[j]) for (i, j), table in self.edge.items()}
         self.kept = kept
         self.shared = [group.restricted(kept) for group in self.shared]
 

@@ -30,17 +30,22 @@ def reduce(problem: Problem, allowed: Kept | None = None) -> Kept:
 
 def _undominated(problem: Problem, i: int, allowed: tuple[int, ...], columns: list[np.ndarray]) -> list[int]:
     node = problem.nodes[i]
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for k in allowed:
-        if np.isfinite(node.seconds[k]):
-            alike.setdefault(tuple(int(c[k]) for c in columns), []).append(k)
+    ks = np.array(allowed, dtype=np.int64)
+    ks = ks[np.isfinite(node.seconds[ks])]
+    alike = np.zeros(len(ks), dtype=np.int64)  # equal where all states are
+    for column in columns:
+        alike = np.unique(alike * (int(column.max(initial=0)) + 1) + column[ks], return_inverse=True)[1].reshape(-1)
+        if alike.max(initial=0) == len(ks) - 1:
+            return sorted(ks.tolist())
+    seconds, resident = node.seconds[ks], node.resident[ks]
     out: list[int] = []
-    for ks in alike.values():
-        least = np.inf
-        for k in sorted(ks, key=lambda k: (node.seconds[k], node.resident[k], k)):
-            if node.resident[k] < least:
-                out.append(k)
-                least = node.resident[k]
+    least, group = np.inf, -1
+    for at in np.lexsort((ks, resident, seconds, alike)).tolist():
+        least = least if alike[at] == group else np.inf
+        group = alike[at]
+        if resident[at] < least:
+            out.append(int(ks[at]))
+            least = resident[at]
     return sorted(out)
 
 
