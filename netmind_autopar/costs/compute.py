@@ -10,7 +10,7 @@ further gains ever less.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,7 +209,7 @@ _FLOPS: dict[str, Callable[[fx.Node], float]] = {
 
 @dataclass(frozen=True)
 class OpCost:
-    """What a node's price depends on, read off it once; `seconds` then prices any strategy in some ten microseconds."""
+    """What a node's price depends on, read off it once; `seconds` then prices any strategies at once."""
 
     kind: str  # "" for what costs nothing
     flops: float
@@ -222,50 +222,62 @@ class OpCost:
 
     def local_sizes(self, strategy: Strategy, axes: Sequence[Axis]) -> dict[str, int]:
         """Size of every letter on the fullest device."""
-        local = dict(self.sizes)
-        for symbol, axis in zip(strategy, axes, strict=True):
-            if symbol in local:
-                local[symbol] = -(-local[symbol] // axis.size)
+        return {letter: int(n[0]) for letter, n in self._local((strategy,), axes).items()}
+
+    def _local(self, strategies: Sequence[Strategy], axes: Sequence[Axis]) -> dict[str, np.ndarray]:
+        """Size of every letter on the fullest device, per strategy."""
+        local = {letter: np.full(len(strategies), n, dtype=np.int64) for letter, n in self.sizes.items()}
+        for a, axis in enumerate(axes):
+            rows: dict[str, list[int]] = {}
+            for k, strategy in enumerate(strategies):
+                rows.setdefault(strategy[a], []).append(k)
+            for symbol, at in rows.items():
+                if symbol in local:
+                    local[symbol][at] = -(-local[symbol][at] // axis.size)
         return local
 
-    def seconds(self, strategy: Strategy, mesh: Mesh) -> float:
+    def seconds(self, strategies: Sequence[Strategy], mesh: Mesh) -> np.ndarray:
+        """Seconds under each strategy."""
         if not self.kind:
-            return 0.0
-        local = self.local_sizes(strategy, mesh.axes)
-        moved = self._bytes(local)
-        if self.creates and moved <= TINY_BYTES:
-            return 0.0
+            return np.zeros(len(strategies))
+        local = self._local(strategies, mesh.axes)
+        moved = np.broadcast_to(self._bytes(local), (len(strategies),))
         device = mesh.device
         table = CPU if device.name == "cpu" else GPU
         reach = table.get(self.kind) or table["elementwise"]
         memory_s = moved / (device.memory_bandwidth_bytes_s * reach.memory)
-        compute_s = self._flops(local, reach) / (device.flops(self.dtype) * reach.flops) if self.flops else 0.0
-        return max(compute_s, memory_s) + (reach.ramp_s if self.flops or moved > TINY_BYTES else 0.0) + device.launch_s
+        compute_s = self._flops(local, reach) / (device.flops(self.dtype) * reach.flops) if self.flops else np.zeros(1)
+        ramp = np.where((self.flops > 0) | (moved > TINY_BYTES), reach.ramp_s, 0.0)
+        out = np.maximum(compute_s, memory_s) + ramp + device.launch_s
+        return np.where(moved <= TINY_BYTES, 0.0, out) if self.creates else out
 
-    def _flops(self, local: dict[str, int], reach: Efficiency) -> float:
-        count = self.flops
+    def _flops(self, local: Mapping[str, Any], reach: Efficiency) -> Any:
+        """Of local sizes, numbers or arrays."""
+        count: Any = self.flops
         for letter, n in local.items():
-            if n != self.sizes[letter]:
-                count *= n / self.sizes[letter]
+            count = count * (n / self.sizes[letter] if self.sizes[letter] else 1.0)
         if self.late:  # causal rows: the last block sees almost all keys, all rows together half of them
-            count *= 2.0 - local[self.late] / self.sizes[self.late]
+            count = count * (2.0 - local[self.late] / self.sizes[self.late])
         if self.matmul:
             for letters, tile in zip(self.matmul, reach.tile, strict=True):
-                n = math.prod(local[letter] for letter in letters)
-                count *= -(-n // tile) * tile / n if n else 1.0
+                n = np.maximum(math.prod(local[letter] for letter in letters), 1)
+                count = count * (-(-n // tile) * tile / n)
         return count
 
-    def _bytes(self, local: dict[str, int]) -> int:
-        read = wrote = gathered = 0
+    def _bytes(self, local: Mapping[str, Any]) -> Any:
+        """Of local sizes, numbers or arrays."""
+        read: Any = 0
+        wrote: Any = 0
+        gathered: Any = 0
         for letters, itemsize, way in self.operands:
             size = math.prod([local[letter] for letter in letters]) * itemsize
             if way == 0:
-                read += size
+                read = read + size
             elif way == 1:
-                wrote += size
+                wrote = wrote + size
             else:
-                gathered += size
-        return read + wrote + min(gathered, wrote)
+                gathered = gathered + size
+        return read + wrote + np.minimum(gathered, wrote)
 
 
 def op_cost(node: fx.Node, rule: Rule) -> OpCost:
@@ -307,10 +319,9 @@ def _matmul_letters(name: str, rule: Rule) -> tuple[tuple[str, ...], tuple[str, 
 
 def node_seconds(node: fx.Node, rule: Rule, strategy: Strategy, mesh: Mesh) -> float:
     """Seconds of one op on the fullest device under one strategy. For many strategies of one op `node_prices` is faster."""
-    return op_cost(node, rule).seconds(strategy, mesh)
+    return float(op_cost(node, rule).seconds((strategy,), mesh)[0])
 
 
 def node_prices(node: fx.Node, rule: Rule, strategies: Sequence[Strategy], mesh: Mesh) -> np.ndarray:
     """`node_seconds` for each strategy, shape (strategies,)."""
-    cost = op_cost(node, rule)
-    return np.array([cost.seconds(s, mesh) for s in strategies], dtype=np.float64)
+    return op_cost(node, rule).seconds(strategies, mesh)
