@@ -102,6 +102,7 @@ def test_without_settling(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "SWEEPS", 5)
     answer = solve(instance, time_limit=20.0)
     assert answer.bound <= best
+    assert (answer.choice is not None) == (best < np.inf)
     if answer.choice is not None:
         assert best <= answer.cost <= 1.3 * best + 3.0
         assert evaluate(instance, answer.choice) == (answer.cost, answer.peak) and answer.peak <= instance.limit

@@ -27,11 +27,12 @@ WIDE = 40_000  # pairs that one linear program takes
 NARROW = 4_000  # pairs that an integer program takes between two linear programs
 BROAD = 30_000  # pairs that one takes at the end
 SETTLED = 40_000  # pairs that one takes to its proven end
-NODES = 50  # how often an integer program may branch that is not to prove anything
+NODES = 10  # how often an integer program may branch that is not to prove anything
 ROUNDS, SWEEPS = 60, 60  # rounds at most, sweeps in each
 STALLED, FAILED = 2, 4  # linear programs, integer programs that gain nothing one after the other, which end the search
 DRAWN = 10  # plans drawn for one integer program
 GAIN = 1e-5  # relative: what is less is no gain
+CLOSE = 1e-4  # relative gap: plans this close to the bound are not worth drawing more
 ROUNDING = 1e-10  # relative, of sums of many numbers
 
 
@@ -67,8 +68,10 @@ class Search:
             self.sweeps(SWEEPS)
             if self.done() or self.close():
                 return
+            if still and self.within_gap(CLOSE):
+                break
             if still:
-                failed = 0 if self.polish(pool, BROAD if failed else 0) else failed + 1
+                failed = 0 if self.polish(pool, wide=failed > 0) else failed + 1
                 if failed >= FAILED and still >= STALLED:
                     break
         self.prove()
@@ -86,7 +89,10 @@ class Search:
         if self.best is None and self.bound > self.worst:
             self.status = milp.INFEASIBLE
             return True
-        return self.cost - self.bound <= self.gap * abs(self.cost) or time.monotonic() > self.deadline
+        return self.within_gap(self.gap) or time.monotonic() > self.deadline
+
+    def within_gap(self, gap: float) -> bool:
+        return self.best is not None and self.cost - self.bound <= gap * abs(self.cost)
 
     def begin(self) -> None:
         """Two ends to start from: what is cheapest, and what needs little memory where much is used."""
@@ -210,10 +216,10 @@ class Search:
             self.status = milp.INFEASIBLE
         return True
 
-    def polish(self, pool: np.ndarray, most: int) -> bool:
+    def polish(self, pool: np.ndarray, wide: bool) -> bool:
         """Plans for memory that is priced otherwise at every node, and an integer program over what all of them take: better now?
 
-        pool: what they take, flat, which this adds to.
+        pool: what they take, flat, which this adds to. wide: where there is room, other strategies of little excess too.
         """
         field, before = self.field, self.cost
         start = self.best if self.best else self.messages.decode()
@@ -222,6 +228,10 @@ class Search:
             factor = (1.0 + spread * self.random.standard_normal(field.n)) * math.exp(self.random.normal(0.0, 0.1))
             drawn = self.descend(start, field.costs + self.messages.memory * np.repeat(factor, self.size), 3)
             pool |= self.of([drawn])
-        excess = np.where(self.possible, self.excess, math.inf)
-        self.whole(self.within(pool & self.possible | self.of([]), excess, most))
+        excess, must = np.where(self.possible, self.excess, math.inf), self.used | self.of([])
+        keep = self.within(must, np.where(pool, excess, math.inf), BROAD)
+        if wide:
+            must[np.concatenate([field.offset[i] + some for i, some in enumerate(keep)])] = True
+            keep = self.within(must, excess, BROAD)
+        self.whole(keep)
         return self.cost < before - GAIN * abs(before)
