@@ -20,8 +20,7 @@ from .mix import Fit, fit, least
 from .price import priced, shares
 from .tape import Saved, Tape
 
-SHARES = (1.0, 0.5, 0.2)  # of the price of memory at which shardings are tried
-ROUNDS = 3
+SHARES = (0.6, 0.3, 0.8)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
 FIRST = (0.03, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per limit, times this
 
 
@@ -86,19 +85,14 @@ def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | 
     cut, found = search.offer(first)
     if found is None:
         _fall(search, cut)
-    for _ in range(ROUNDS):
+    for share in SHARES:
         if search.best is None or search.closed():
             break
-        seconds, choice, found = search.best
+        _, choice, found = search.best
         cut = search.offer(choice)[0]
-        for share in SHARES:
-            other = search.step(cut, {m: price * share for m, price in found.prices.items()}, found)
-            if other is not None:
-                search.offer(other)
-            if search.closed():
-                break
-        if search.best[0] >= seconds * (1 - 1e-6):
-            break
+        other = search.step(cut, {m: price * share for m, price in found.prices.items()}, found)
+        if other is not None:
+            search.offer(other)
     return _result(search)
 
 

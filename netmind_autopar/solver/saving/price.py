@@ -168,10 +168,11 @@ class _Priced:
     def _earn(self, v: int, cost: np.ndarray) -> None:
         """What value v earns by being there when ops run again, if being there costs this per source state."""
         value = self.problem.values[v]
+        here = max(float(value.bytes[value.state[self.choice[value.node]]]), 1.0)
         for t in self._takers(v):
             if (v, t) not in self.earns:
                 self.earns[v, t] = self.shares.value.get((v, t), 0.0) * cost
-                self.keeps[v, t] = self.shares.kept.get((v, t), 0.0) * value.bytes / max(float(value.bytes.max(initial=0)), 1.0)
+                self.keeps[v, t] = self.shares.kept.get((v, t), 0.0) * np.minimum(value.bytes / here, 1.0)
 
     def _pay(self, v: int, own: np.ndarray, values: int) -> None:
         """What ops that run again pay for value v. `own`: what the strategies of its node cost by themselves; states that make the node
