@@ -1,0 +1,248 @@
+"""What planning costs and what it is worth: one line per check with what was measured, the bar, and whether it is met.
+
+    python benchmarks/planner.py [--only llama8b,growth] [--json] [--out FILE]
+
+CPU seconds are those of this process, capture included, beyond imports. Every check runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import large_models
+
+
+from netmind_autopar import AutoparError, Plan, plan
+from netmind_autopar.api import plan_program
+from netmind_autopar.costs.comm import Conversions
+from netmind_autopar.costs.device import make_mesh
+from netmind_autopar.rules.bind import bind_program
+from netmind_autopar.solver.baselines import compare_baselines
+from netmind_autopar.solver.saving.cut import Cut
+from netmind_autopar.solver.saving.decide import Task
+from netmind_autopar.solver.saving.joint import solve_joint
+from netmind_autopar.solver.saving.mix import fit
+from netmind_autopar.solver.saving.tape import Tape
+from netmind_autopar.solver.search import solve_problem
+from netmind_autopar.tracer.capture import capture
+from netmind_autopar.tracer.hash import graph_hash
+
+GIB = 2**30
+Row = dict[str, Any]
+
+
+def row(check: str, measured: Any, bar: Any, ok: bool, **more: Any) -> Row:
+    return {"check": check, "measured": measured, "bar": bar, "ok": bool(ok), **more}
+
+
+def warm() -> None:
+    """Import what a first plan imports."""
+    tiny = torch.nn.Linear(8, 8, device="meta")
+    plan(tiny, torch.zeros(8, 8), "dp=2,tp=2", cluster="h100-sxm")
+    large_models.llama(1, hidden=64, wide=128, heads=4, kv=2, vocab=128)
+
+
+def planned(name: str, make: Callable[[], tuple[torch.nn.Module, Any]], mesh: str, bar_s: float, gap: float, **options: Any) -> Row:
+    model, inputs = make()
+    start = time.process_time()
+    found = plan(model, inputs, mesh, cluster="h100-sxm", outputs=("loss",), **options)
+    spent = time.process_time() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return row(
+        name,
+        {"cpu_s": round(spent, 2), "gap": float(f"{found.gap:.3g}"), "process_gib": round(memory, 2)},
+        {"cpu_s": bar_s, "gap": gap, "process_gib": 1.5},
+        spent <= bar_s and found.gap <= gap and memory <= 1.5,
+        **summary(found),
+    )
+
+
+def summary(found: Plan) -> Row:
+    return {
+        "step_s": found.cost.step_s,
+        "peak_gib": round(found.cost.peak_bytes / GIB, 2),
+        "recomputed": len(found.recompute),
+        "offloaded": len(found.offload),
+        "status": found.status,
+    }
+
+
+def llama8b() -> Iterator[Row]:
+    yield planned("Llama-3-8B, 32 layers, batch 64 x 8192, dp=32,tp=8", lambda: large_models.llama_8b(32, 64), "dp=32,tp=8", 8.0, 1e-3)
+
+
+def three_axes() -> Iterator[Row]:
+    for batch in (16, 64):
+        name = f"Llama-3-8B, batch {batch}, a=4,b=4,c=2, 70 GB"
+        yield planned(name, lambda b=batch: large_models.llama_8b(32, b), "a=4,b=4,c=2", 15.0, 5e-3, memory="70GB")  # type: ignore[misc]
+
+
+def large() -> Iterator[Row]:
+    yield planned("Llama-3-70B, 80 layers, dp=64,tp=8", lambda: large_models.llama_70b(80, 64), "dp=64,tp=8", 15.0, 5e-3)
+    name = "Llama-3-405B, 126 layers, a=128,b=16,c=8"
+    yield planned(name, lambda: large_models.llama_405b(126, 2048), "a=128,b=16,c=8", 25.0, 5e-3)
+
+
+def growth() -> Iterator[Row]:
+    spent = {}
+    for layers in (8, 126):
+        model, inputs = large_models.llama_8b(layers, 64)
+        start = time.process_time()
+        plan(model, inputs, "dp=32,tp=8", cluster="h100-sxm", outputs=("loss",), memory="10TB")
+        spent[layers] = time.process_time() - start
+    ratio = spent[126] / spent[8]
+    yield row("growth from 8 to 126 layers", round(ratio, 2), 1.3, ratio <= 1.3, cpu_s={k: round(v, 2) for k, v in spent.items()})
+
+
+def task(model: torch.nn.Module, inputs: Any, mesh: str, *, offload: bool = False) -> Task:
+    program = capture(model, inputs, outputs=("loss",))
+    links = make_mesh(mesh, "h100-sxm")
+    return Task(program, bind_program(program), links, Conversions(links, None), "global", 2, offload)
+
+
+def joint() -> Iterator[Row]:
+    """80 blocks: the joint solve against sharding first and recomputation after, at shares of what keeping everything needs."""
+    work = task(*large_models.llama_70b(80, 64), mesh="dp=64,tp=8", offload=True)  # type: ignore[misc]
+    built = work.build()
+    free = solve_problem(built.problem)
+    assert free.choice is not None
+    tape = Tape(built.problem, free.choice)
+    whole = tape.run().peak
+    for share in (0.5, 0.2, 0.08):
+        limit = int(tape.resident + share * (whole - tape.resident))
+        start = time.process_time()
+        found = solve_joint(built.problem, free.choice, limit, allowed=None, bound=free.bound, gap=1e-3, time_limit=60.0)
+        spent = time.process_time() - start
+        alone = fit(tape, Cut(tape), limit)
+        gap = 1 - found.bound / found.seconds
+        later = alone.run.seconds if alone else None
+        ok = found.fits and spent <= 10 and gap <= 0.01 and (later is None or found.seconds <= later * (1 + 1e-12))
+        yield row(
+            f"joint solve, 80 blocks, {share:.0%} of keeping all activations",
+            {"cpu_s": round(spent, 2), "gap": round(gap, 4), "sequential_over_joint": round(later / found.seconds, 4) if later else None},
+            {"cpu_s": 10, "gap": 0.01, "sequential_over_joint": ">= 1, somewhere > 1"},
+            ok,
+            step_s=found.seconds,
+            free_s=free.seconds,
+            waits_s=found.waits_s,
+        )
+
+
+def folded() -> Iterator[Row]:
+    """The same objective when every layer is decided for itself."""
+    from netmind_autopar.solver import build as module
+
+    usual = module.classes
+    for binding in (False, True):
+        model, inputs = large_models.llama_8b(4, 64)
+        work = task(model, inputs, "dp=8,tp=4")
+        free = solve_problem(work.build().problem, gap=1e-6)
+        limit = None
+        if binding:
+            assert free.choice is not None
+            tape = Tape(work.build().problem, free.choice)
+            limit = int(tape.resident + 0.6 * (tape.run().peak - tape.resident))
+        steps = {}
+        for fold in (True, False):
+            module.classes = usual if fold else (lambda program, rules=None: dict(unfolded(usual(program, rules))))  # type: ignore[assignment]
+            try:
+                mesh = make_mesh("dp=8,tp=4", "h100-sxm")
+                found = solve_problem(work.build().problem, gap=1e-6) if limit is None else None
+                steps[fold] = found.seconds if found else plan_program(work.program, mesh, lambda _: None, memory=limit).cost.step_s
+            finally:
+                module.classes = usual
+        off = steps[True] / steps[False] - 1
+        name = f"folded against unfolded, 4 layers, memory {'binding' if binding else 'loose'}"
+        yield row(name, float(f"{off:.3g}"), 1e-5, abs(off) <= 1e-5, folded_s=steps[True], unfolded_s=steps[False])
+
+
+def unfolded(names: dict[str, str]) -> Iterator[tuple[str, str]]:
+    for node, name in names.items():
+        yield node, name if name.startswith(("output.", "input.")) else node
+
+
+def baselines() -> Iterator[Row]:
+    for name, make in large_models.FIVE.items():
+        for devices, mesh in ((8, "tp=8"), (64, "dp=8,tp=8"), (256, "dp=32,tp=8")):
+            model, inputs = make(devices)
+            program = capture(model, inputs, outputs=("loss",))
+            links = make_mesh(mesh, "h100-sxm")
+            try:
+                ours = plan_program(program, links, lambda _: None)
+            except AutoparError as e:
+                yield row(f"{name} on {devices} H100", e.what, "a plan", False)
+                continue
+            rules = bind_program(program)
+            options = {"graph_hash": graph_hash(program), "cluster": "h100-sxm", "time_limit": 30.0}
+            rows = [c.row for c in compare_baselines(program, rules, links, **options)]
+            times = {r.name: r.step_s for r in rows if r.status == "planned"}
+            best = min(times, key=lambda k: times[k], default="")
+            won = 1 - ours.cost.step_s / times[best] if best else None
+            yield row(
+                f"{name} on {devices} H100 ({mesh})",
+                {"wins_by": round(won, 4) if won is not None else "no baseline fits", "over": best},
+                ">= 0 against every baseline",
+                won is None or won >= -1e-9,
+                baselines_s={k: float(f"{v:.6g}") for k, v in sorted(times.items(), key=lambda kv: kv[1])},
+                others={r.name: r.status for r in rows if r.status != "planned"},
+                **summary(ours),
+            )
+
+
+def small() -> Iterator[Row]:
+    import small_problems
+
+    equal, worse, checked = small_problems.compare(50)
+    yield row("50 small problems against brute force", {"equal": equal, "worst_excess": worse}, {"equal": checked}, equal == checked)
+
+
+CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
+    f.__name__: f for f in (llama8b, three_axes, large, growth, folded, joint, baselines, small)
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(CHECKS), help="checks, separated by commas")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per check")
+    parser.add_argument("--out", type=Path, help="also append the lines to this file")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    fine = True
+    for name in args.only.split(","):
+        if name not in CHECKS:
+            parser.error(f"no check {name!r}; there are {', '.join(CHECKS)}")
+        if not args.here:  # caches, memory and the first use of imports of one check do not help another
+            command = [sys.executable, __file__, "--only", name, "--here", *(["--json"] * args.json)]
+            fine &= subprocess.run([*command, *(["--out", str(args.out)] if args.out else [])], check=False).returncode == 0
+            continue
+        warm()
+        for found in CHECKS[name]():
+            fine &= found["ok"]
+            line = json.dumps(found)
+            print(line if args.json else f"{'ok  ' if found['ok'] else 'MISS'} {found['check']}: {found['measured']} (bar {found['bar']})", flush=True)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(line + "\n")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
