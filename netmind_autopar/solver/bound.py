@@ -33,8 +33,9 @@ class Local:
         self.problem, self.weight = problem, weight
         self.around: list[list[int]] = [[] for _ in problem.nodes]
         for v, value in enumerate(problem.values):
-            for i in {value.node, *(c.node for c in value.consumers)}:
-                self.around[i].append(v)
+            if value.seconds.size > 1 or len(value.bytes) > 1:  # others cost the same whatever is chosen
+                for i in {value.node, *(c.node for c in value.consumers)}:
+                    self.around[i].append(v)
         total = sum(prices.values())
         self.own = [weight * node.seconds + total * node.resident for node in problem.nodes]
         self.memory: list[list[tuple[float, Pattern]]] = [[] for _ in problem.values]
@@ -73,17 +74,12 @@ class Local:
 
     def _priced(self, v: int, p: np.ndarray, qs: list[np.ndarray]) -> np.ndarray:
         value = self.problem.values[v]
-        together = sharing(value, p, qs)
-        cost, firsts = np.zeros(1), []
-        for t, q in enumerate(qs):
-            first = np.ones(1, bool)
-            for u in range(t):
-                first = first & ~together[u, t]
-            cost = cost + np.where(first, value.seconds[p, q], 0.0)
-            firsts.append(first)
-        cost = cost * (self.weight * value.count)
+        if not qs:
+            return sum((price * (value.bytes[p] * pattern.fresh) for price, pattern in self.memory[v]), np.zeros(1))
+        served = Served(value, p, qs)
+        cost = np.where(served.first, value.seconds[p, served.q], 0.0).sum(axis=0) * (self.weight * value.count)
         for price, pattern in self.memory[v]:
-            cost = cost + price * live_bytes(value, p, qs, firsts, together, pattern)
+            cost = cost + price * live_bytes(value, p, served, pattern)
         return cost
 
     def descend(self, choice: Choice, sweeps: int = 6) -> Choice:
@@ -104,47 +100,41 @@ class Local:
         return tuple(now)
 
 
-def sharing(value: Value, p: np.ndarray, qs: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
-    """Per pair of consumers t <= u whether one conversion serves both, given the source states p and the target states qs."""
-    out, shared = {}, value.shared[p]
-    for t, mine in enumerate(value.consumers):
-        for u in range(t, len(qs)):
-            same = qs[t] == qs[u]
-            out[t, u] = out[u, t] = same if value.consumers[u].phase == mine.phase else same & shared
-    return out
+class Served:
+    """Which consumers one conversion serves, for arrays of states: source states p[k] or p[0], target states qs[t][k] or qs[t][0].
 
-
-def live_bytes(
-    value: Value,
-    p: np.ndarray,
-    qs: list[np.ndarray],
-    firsts: list[np.ndarray],
-    together: Mapping[tuple[int, int], np.ndarray],
-    pattern: Pattern,
-) -> np.ndarray:
-    """Bytes of one instance at the moment the pattern describes: what `problem.items` counts, for arrays of states.
-
-    firsts[t]: consumer t is the first of those that its conversion serves.
+    q[t, k]: the target states; first[t, k]: consumer t is the first of those that its conversion serves.
     """
-    takers = range(len(qs))
-    alive, total = np.array([pattern.fresh]), np.zeros(1, np.int64)
 
-    def some(t: int, flags: Sequence[bool]) -> np.ndarray:
-        """Whether any of those that t's conversion serves has its flag set."""
-        found = np.zeros(1, bool)
-        for u in takers:
-            if flags[u]:
-                found = found | together[t, u]
-        return found
+    def __init__(self, value: Value, p: np.ndarray, qs: list[np.ndarray]) -> None:
+        self.at = np.arange(max(len(p), *map(len, qs)))
+        self.q = np.stack([np.broadcast_to(q, self.at.shape) for q in qs])
+        phases = np.array([c.phase for c in value.consumers])
+        self.group = 2 * self.q + np.where(value.shared[p][None, :], 0, phases[:, None])  # of one number: one conversion
+        self.shape = (len(self.at), 2 * value.seconds.shape[1])
+        earliest = np.zeros(self.shape, np.int32)
+        for t in reversed(range(len(qs))):
+            earliest[self.at, self.group[t]] = t
+        self.first = earliest[self.at, self.group] == np.arange(len(qs))[:, None]
 
-    for t in takers:
-        first, same = firsts[t], value.same[p, qs[t]]
-        later, taken, holds = ~some(t, [not f for f in pattern.later]), some(t, pattern.taken), some(t, pattern.holds)
-        alive = alive | (first & np.where(same, holds, later))
-        copied = first & ~same & taken
-        if value.room is not None:
-            total = total + value.room[p, qs[t]] * (copied & later)
-        total = total + value.copy_bytes[qs[t]] * (copied & holds)
+    def some(self, flags: Sequence[bool]) -> np.ndarray:
+        """Whether any of those that t's conversion serves has its flag set, [t, k]."""
+        marked = np.zeros(self.shape, bool)
+        for t, flag in enumerate(flags):
+            if flag:
+                marked[self.at, self.group[t]] = True
+        return marked[self.at, self.group]
+
+
+def live_bytes(value: Value, p: np.ndarray, served: Served, pattern: Pattern) -> np.ndarray:
+    """Bytes of one instance at the moment the pattern describes: what `problem.items` counts, for arrays of states."""
+    same = value.same[p, served.q]
+    later, taken, holds = ~served.some([not f for f in pattern.later]), served.some(pattern.taken), served.some(pattern.holds)
+    alive = pattern.fresh | (served.first & np.where(same, holds, later)).any(axis=0)
+    copied = served.first & ~same & taken
+    total = (value.copy_bytes[served.q] * (copied & holds)).sum(axis=0)
+    if value.room is not None:
+        total = total + (value.room[p, served.q] * (copied & later)).sum(axis=0)
     return total + value.bytes[p] * alive
 
 
