@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 import torch
 import transformers
 
@@ -56,7 +55,13 @@ def gpt2_xl(batch: int) -> Made:
 
 def vit_huge(batch: int) -> Made:
     config = transformers.ViTConfig(
-        hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, image_size=224, patch_size=14, num_labels=1000
+        hidden_size=1280,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        intermediate_size=5120,
+        image_size=224,
+        patch_size=14,
+        num_labels=1000,
     )
     images = torch.zeros(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     return _made(
@@ -83,5 +88,3 @@ FIVE: dict[str, Callable[[int], Made]] = {
     "Mixtral-8x7B": lambda devices: mixtral(max(8, devices)),
     "BERT-Large": lambda devices: bert_large(16 * devices),
 }
-
-

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import large_models
 
-
 from netmind_autopar import AutoparError, Plan, plan
 from netmind_autopar.api import plan_program
 from netmind_autopar.costs.comm import Conversions
@@ -237,7 +236,10 @@ def main() -> int:
         for found in CHECKS[name]():
             fine &= found["ok"]
             line = json.dumps(found)
-            print(line if args.json else f"{'ok  ' if found['ok'] else 'MISS'} {found['check']}: {found['measured']} (bar {found['bar']})", flush=True)
+            print(
+                line if args.json else f"{'ok  ' if found['ok'] else 'MISS'} {found['check']}: {found['measured']} (bar {found['bar']})",
+                flush=True,
+            )
             if args.out:
                 with args.out.open("a") as file:
                     file.write(line + "\n")

@@ -69,8 +69,8 @@ def plan(
     file; the present machine when None. memory: bytes or "70GiB" per device; the device's own when None. pins: {"lm_head.weight":
     "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
     (docs/baselines.md), checkpoint: and runs every block again in backward. outputs: names to keep, all when None. mode: "inference"
-    plans forward alone. offload: activations may wait for backward in host memory. random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a
-    rule is an error.
+    plans forward alone. offload: activations may wait for backward in host memory. random_costs: a seed; prices are then drawn, which
+    makes plans odd but no less exact. strict: an op without a rule is an error.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """
     say = progress or (lambda _: None)
@@ -138,7 +138,14 @@ def autoparallelize(
         try_="seed and configure all ranks alike",
     )
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
-    options |= {"baseline": baseline, "random_costs": random_costs, "time_limit": time_limit, "gap": gap, "strict": strict}
+    options |= {
+        "baseline": baseline,
+        "random_costs": random_costs,
+        "time_limit": time_limit,
+        "gap": gap,
+        "offload": offload,
+        "strict": strict,
+    }
 
     def decide() -> str:
         if plan is not None:
@@ -159,8 +166,8 @@ def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
     lowered = lower_plan(program, plan)
     source = emit(lowered, plan, inference=program.mode == "inference")
     flags.debug(4, source)
-    flags.dump("lowered.txt", str(lowered.graph))
-    flags.dump("emitted.py", source)
+    flags.dump("lowered.txt", lambda: str(lowered.graph))
+    flags.dump("emitted.py", lambda: source)
     return Executable.of(lowered, source, lambda: emit(lowered, plan, inference=True), training=training)
 
 
@@ -205,7 +212,8 @@ def plan_program(
 
     def decide(mesh: Mesh, seconds: float) -> Plan:
         if baseline is not None:
-            return solve_baseline(program, rules, mesh, baseline, checkpoint=checkpoint, cluster=mesh.cluster, time_limit=seconds, **known)
+            fixed = {key: value for key, value in known.items() if key != "offload"}
+            return solve_baseline(program, rules, mesh, baseline, checkpoint=checkpoint, cluster=mesh.cluster, time_limit=seconds, **fixed)
         return solve(program, rules, mesh, cluster=mesh.cluster, time_limit=seconds, **known)
 
     if isinstance(where, Devices):
@@ -214,10 +222,11 @@ def plan_program(
     else:
         say("choosing shardings")
         found = decide(where, time_limit)
-    flags.debug(1, found.dumps())
-    flags.debug(2, "\n".join([str(found.cost), *map(str, found.collectives), *map(str, found.replicated)]))
-    flags.dump("graph.txt", str(program.graph))
-    flags.dump("plan.json", found.dumps())
+    if flags.debug_level():
+        flags.debug(1, found.dumps())
+        flags.debug(2, "\n".join([str(found.cost), *map(str, found.collectives), *map(str, found.replicated)]))
+    flags.dump("graph.txt", lambda: str(program.graph))
+    flags.dump("plan.json", found.dumps)
     return found
 
 

@@ -30,13 +30,13 @@ from netmind_autopar.tracer.hash import graph_hash
 from netmind_autopar.verification import compare
 
 MODELS: dict = {}
-NAMES = ("gpt2", "llama", "bert", "resnet")
+NAMES = ("gpt2", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "resnet")))
 
 
 @functools.cache
 def task(name: str, mesh: str, random_costs: int | None = None) -> Task:
     make = {"gpt2": models.gpt2, "llama": models.llama, "bert": models.bert, "resnet": models.resnet50}[name]
-    model, inputs = make(torch.float64, 0.1, **({} if name == "resnet" else {"layers": 4}))
+    model, inputs = make(torch.float64, 0.1, **({} if name == "resnet" else {"layers": 3}))
     MODELS[name] = model, inputs
     program = capture(model, inputs)
     links = make_mesh(mesh, "h100-sxm")
@@ -78,7 +78,7 @@ def test_the_tape_counts_what_the_problem_counts(name):
     assert 0.97 * peak <= run.peak <= peak
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tape_counts_what_the_rewritten_program_does(name, seed):
     """Random ops and values, whatever they are worth."""
@@ -88,7 +88,7 @@ def test_the_tape_counts_what_the_rewritten_program_does(name, seed):
     members = {n: [i for i, m in enumerate(node.moments) if m <= built.problem.forward_end] for n, node in nodes}
     recompute = {n: frozenset(int(i) for i in ranks if draw.random() < 0.8) for n, ranks in members.items()}
     names = sorted({v.name for v in built.problem.values if draw.random() < 0.3})
-    regather = {name: frozenset(range(int(draw.integers(0, 5)))) for name in names}
+    regather = {name: frozenset(range(int(draw.integers(0, 4)))) for name in names}
     saved = Saved({n: r for n, r in recompute.items() if r}, regather)
     new = work.build(*entries(built.problem, saved))
     at = {kind.name: k for kind, k in zip(built.kinds, found.choice, strict=True)}
@@ -98,7 +98,7 @@ def test_the_tape_counts_what_the_rewritten_program_does(name, seed):
     assert 0.9 * peak <= run.peak <= 1.02 * peak
 
 
-@pytest.mark.parametrize("share", [0.7, 0.3, 0.02])
+@pytest.mark.parametrize("share", [0.6, 0.05])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_fits_is_exact_and_stays_within_the_limit(name, share):
     plan, limit = limited(name, "a=2,b=2", share)
@@ -111,7 +111,6 @@ def test_what_fits_is_exact_and_stays_within_the_limit(name, share):
 @pytest.mark.parametrize("seed", range(3))
 def test_random_prices_within_limits_are_exact(seed):
     plan, _ = limited("gpt2", "a=4", 0.4, seed)
-    work = task("gpt2", "a=4", seed)
     assert plan.recompute or plan.regather
     assert exact("gpt2", plan)
 
@@ -131,7 +130,7 @@ def test_less_memory_never_takes_less_time_and_a_refusal_names_a_limit_that_work
     assert at(needed).cost.peak_bytes <= needed
 
 
-@pytest.mark.parametrize("share", [0.8, 0.4, 0.1])
+@pytest.mark.parametrize("share", [0.8, 0.2])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_sharding_beats_the_bound(name, share):
     """The relaxation is below what the tape counts, at its own sharding and at others, for any prices."""

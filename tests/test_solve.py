@@ -14,8 +14,8 @@ from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.ir.errors import InfeasibleError, InputError, PlanError
 from netmind_autopar.rules.bind import bind_program
 from netmind_autopar.solver.conversions import end_rules, needed_conversions, regathered
-from netmind_autopar.solver.fold import classes
 from netmind_autopar.solver.explain import class_rows, conversion_rows
+from netmind_autopar.solver.fold import classes
 from netmind_autopar.solver.solve import choices_to_strategies, solve
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.hash import graph_hash

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -50,9 +51,9 @@ def discovers() -> bool:
     return os.environ.get("AUTOPAR_DISCOVER", "1").strip().lower() not in ("0", "off", "no", "false")
 
 
-def dump(name: str, text: str) -> None:
-    """Write `text` to the file `name` in the folder AUTOPAR_DUMP, when that is set."""
+def dump(name: str, text: Callable[[], str]) -> None:
+    """Write a text to the file `name` in the folder AUTOPAR_DUMP, when that is set; only then it is made."""
     folder = os.environ.get("AUTOPAR_DUMP")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, name).write_text(text, encoding="utf-8")
+        Path(folder, name).write_text(text(), encoding="utf-8")

@@ -44,22 +44,18 @@ class _Search:
     def __init__(self, problem: Problem, allowed: Kept | None, limit: int, bound: float, gap: float, deadline: float) -> None:
         self.problem, self.allowed, self.limit = problem, allowed, limit
         self.bound, self.gap, self.deadline = bound, gap, deadline
-        self.tried: dict[Choice, Fit | None] = {}
+        self.tried: dict[Choice, tuple[Cut, Fit | None]] = {}
         self.best: tuple[float, Choice, Fit] | None = None
-        self.smallest: tuple[int, Choice, Saved] | None = None
 
     def offer(self, choice: Choice) -> tuple[Cut, Fit | None]:
-        tape = Tape(self.problem, choice)
-        cut = Cut(tape)
+        """How this sharding fits, if it does."""
         if choice not in self.tried:
-            found = self.tried[choice] = fit(tape, cut, self.limit)
+            cut = Cut(Tape(self.problem, choice))
+            found = fit(cut.tape, cut, self.limit)
+            self.tried[choice] = cut, found
             if found is not None and (self.best is None or found.run.seconds < self.best[0]):
                 self.best = found.run.seconds, choice, found
-            if self.best is None:
-                saved, run = least(tape, cut)
-                if self.smallest is None or run.peak < self.smallest[0]:
-                    self.smallest = run.peak, choice, saved
-        return cut, self.tried[choice]
+        return self.tried[choice]
 
     def step(self, cut: Cut, prices: Mapping[int, float], found: Fit | None) -> Choice | None:
         """The sharding that is cheapest at these prices."""
@@ -114,6 +110,8 @@ def _result(search: _Search) -> Joint:
     if search.best is not None:
         seconds, choice, found = search.best
         return Joint(choice, found.saved, seconds, found.run.peak, min(search.bound, seconds), True, found.prices, found.run.waits_s)
-    assert search.smallest is not None
-    peak, choice, saved = search.smallest
-    return Joint(choice, saved, math.inf, peak, search.bound, False, {})
+    ways = [(*least(cut.tape, cut), choice) for choice, (cut, _) in search.tried.items()]
+    saved, run, choice = min(ways, key=lambda way: way[1].peak)
+    if run.peak <= search.limit:
+        return Joint(choice, saved, run.seconds, run.peak, min(search.bound, run.seconds), True, {}, run.waits_s)
+    return Joint(choice, saved, math.inf, run.peak, search.bound, False, {})

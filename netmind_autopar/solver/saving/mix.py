@@ -54,12 +54,7 @@ def _sent(cut: Cut, answer: Answer) -> dict[str, frozenset[int]]:
 
 def _fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
     found, first = _approach(tape, cut, limit)
-    if found is not None and first is not None:
-        return Fit(*found, first.prices, first)
-    saved, run = least(tape, cut)
-    if run.peak <= limit and (answer := first or cut.solve(prices={})):
-        return Fit(saved, run, answer.prices, answer)
-    return None
+    return Fit(*found, first.prices, first) if found is not None and first is not None else None
 
 
 def _approach(tape: Tape, cut: Cut, limit: int) -> tuple[tuple[Saved, Run] | None, Answer | None]:

@@ -178,6 +178,12 @@ class _Runner:
         self.waits = self.out_free = self.in_free = 0.0
         self.leaving: list[tuple[int, float]] = []  # until when (moment) a copy out must have arrived, and when it does
         self.away = [False] * n
+        values = tape.problem.values
+        self.sent = {
+            t
+            for t, v in enumerate(tape.value if self.saved.offload else ())
+            if tape.bytes[t] > 0 and tape.rank[t] in self.saved.offload.get(values[v].name, NONE)
+        }
 
     def run(self) -> Run:
         tape, end = self.tape, self.tape.problem.forward_end
@@ -250,13 +256,8 @@ class _Runner:
         base = tuple(self.now[t] for t in op.takes) if op.view else ()
         for t in op.makes:
             self._begin(t, event, base)
-            if self.chosen(t) and moment == op.moment <= self.tape.problem.forward_end:
+            if t in self.sent and moment == op.moment <= self.tape.problem.forward_end:
                 self._send(t, event, moment)
-
-    def chosen(self, t: int) -> bool:
-        """Whether tensor t goes elsewhere after forward."""
-        name = self.tape.problem.values[self.tape.value[t]].name
-        return self.tape.rank[t] in self.saved.offload.get(name, NONE) and self.tape.bytes[t] > 0
 
     def _let_go(self) -> None:
         """Backward begins: forget what is not kept."""
@@ -267,7 +268,7 @@ class _Runner:
             if maker is not None:
                 if maker.moment <= tape.problem.forward_end and nodes[maker.node].again:
                     self.fresh[t] = maker.rank not in self.saved.recompute.get(maker.node, NONE)
-                if self.fresh[t] and self.chosen(t):
+                if self.fresh[t] and t in self.sent:
                     self.fresh[t], self.away[t] = False, True
             elif tape.source[t] >= 0 and self.now[t] >= 0:
                 source = tape.source[t]
