@@ -141,7 +141,7 @@ def test_no_sharding_beats_the_bound(name, share):
     assert here is not None
     for scale in (0.3, 1.0, 3.0):
         prices = {m: price * scale for m, price in here.prices.items()}
-        relaxed, constant = priced(cut, prices, shares(cut, here.answer), limit)
+        relaxed, constant = priced(cut, prices, shares(cut, here.answer), limit, here.answer.host, here.run.seconds)
         other = solve_problem(relaxed)
         for choice in (found.choice, other.choice):
             there = Tape(built.problem, choice)

@@ -91,7 +91,8 @@ class _Priced:
         for t, v in enumerate(cut.tape.value):
             if cut.tape.source[t] < 0:
                 until[v][cut.tape.item[t]] = min(cut.until[t], problem.moments)
-        self.gaps = [self._gap(value, ends) for value, ends in zip(problem.values, until, strict=True)]
+        self.waits = [self._gap(value, ends) for value, ends in zip(problem.values, until, strict=True)]
+        self.gaps = [np.minimum(gap, self.elsewhere) for gap in self.waits]  # what keeping it anywhere costs
         self.takes: dict[int, list[tuple[int, int]]] = {}
         for v, value in enumerate(problem.values):
             for t, consumer in enumerate(value.consumers):
@@ -117,8 +118,7 @@ class _Priced:
             held = value.held[:, t]
             start = np.maximum(start, np.where(held <= end + 1, held, value.used[:, t] + 1))
         until = np.where(until < self.problem.moments, until, 0)
-        waiting = np.where(until > start + 1, self.total[until] - self.total[np.minimum(start + 1, len(self.total) - 1)], 0.0)
-        return np.minimum(waiting, self.elsewhere)
+        return np.where(until > start + 1, self.total[until] - self.total[np.minimum(start + 1, len(self.total) - 1)], 0.0)
 
     def _phases(self, value: Value) -> tuple[list[int], list[int]]:
         takers = range(len(value.consumers))
@@ -217,7 +217,7 @@ class _Priced:
         value = self.problem.values[v]
         forward, backward = self._phases(value)
         out: list[Value] = []
-        if not self._is_saved(value) or not self.gaps[v].any():
+        if not self._is_saved(value) or not self.waits[v].any():
             out = [value]
         else:
             extra = self._extra(v)
