@@ -271,18 +271,8 @@ def _probe_within(problem: Problem, state: State, crowd: set[int], deadline: flo
     """A plan that fits from the ILP over the most promising strategies."""
     kept, _ = _narrow(problem, state, WITHIN_CELLS)
     left = max(deadline - time.monotonic(), 1.0)
-    found = solve_ilp(
-        problem,
-        kept,
-        time_limit=left,
-        gap=1e-3,
-        scale=state.scale,
-        incumbent=state.best,
-        moments=sorted(crowd),
-        nodes=20,
-        rounds=8,
-        crowd=crowd,
-    )
+    more = {"moments": sorted(crowd), "nodes": 20, "rounds": 8, "crowd": crowd}
+    found = solve_ilp(problem, kept, time_limit=left, gap=1e-3, scale=state.scale, incumbent=state.best, **more)  # type: ignore[arg-type]
     if found.choice is not None:
         state.offer(problem, found.choice)
 
