@@ -30,7 +30,6 @@ MOST_CELLS = 16_000  # pairs of states that the ILP is built for
 PROBE_CELLS = 8_000  # and those of an ILP on the way, in these rounds of bounding:
 PROBES = (1, 3, 7, 15)
 PRUNE_SWEEPS = 4  # after so many sweeps a plan is tried, and what it rules out goes
-WIDE_CELLS, WIDE_GAP = 64_000, 2e-3  # and for which it is built again when so much is left open
 SMALL_CELLS = 1_500  # an ILP of this size is solved as it is
 DUAL_CELLS = (4_000, 8_000, 12_000)  # of the LPs that price memory
 WITHIN_CELLS = 3_000  # of an ILP with memory rows on the way
@@ -82,8 +81,6 @@ def solve_problem(problem: Problem, *, allowed: Kept | None = None, time_limit: 
     free = replace(problem, limit_bytes=None)
     state = _tighten(free, kept, gap, deadline)
     first = _finish(free, state, gap, deadline)
-    if first.choice is not None and first.seconds - first.bound > max(WIDE_GAP, gap) * abs(first.seconds) and time.monotonic() < deadline:
-        first = _wider(free, state, first, gap, deadline)
     if first.choice is None or problem.limit_bytes is None or evaluate(problem, first.choice)[1] <= problem.limit_bytes:
         return first
     return _within_limit(problem, kept, first, gap, deadline)
@@ -172,18 +169,6 @@ def _finish(
     bound = min(bound, found.seconds)
     closed = found.seconds - bound <= gap * abs(found.seconds) + 1e-15
     return replace(found, bound=bound, status=milp.OPTIMAL if closed else milp.FEASIBLE)
-
-
-def _wider(problem: Problem, state: State, first: Solution, gap: float, deadline: float) -> Solution:
-    """A second ILP over more strategies, of those that the plan of the first one does not rule out."""
-    assert first.choice is not None
-    state.offer(problem, first.choice)
-    if state.excess is not None:
-        smaller = prune(state.kept, state.excess, state.base, state.best_s)
-        state.excess, state.kept = _filtered(state.excess, state.kept, smaller), smaller
-    state.bound = max(state.bound, first.bound)
-    second = _finish(problem, state, gap, deadline, most=WIDE_CELLS, nodes=NODES)
-    return second if second.choice is not None else first
 
 
 def _narrow(problem: Problem, state: State, most: int = MOST_CELLS) -> tuple[Kept, float]:
