@@ -117,7 +117,7 @@ def task(model: torch.nn.Module, inputs: Any, mesh: str, *, offload: bool = Fals
 
 def joint() -> Iterator[Row]:
     """80 blocks: the joint solve against sharding first and recomputation after, at shares of what keeping everything needs."""
-    work = task(*large_models.llama_70b(80, 64), mesh="dp=64,tp=8", offload=True)  # type: ignore[misc]
+    work = task(*large_models.llama_70b(80, 64), "dp=64,tp=8", offload=True)
     built = work.build()
     free = solve_problem(built.problem)
     assert free.choice is not None

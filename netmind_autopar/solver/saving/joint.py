@@ -21,7 +21,8 @@ from .price import priced, shares
 from .tape import Saved, Tape
 
 SHARES = (0.6, 0.3, 0.8)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
-FIRST = (0.03, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per limit, times this
+FIRST = (0.02, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per peak, times this
+HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | 
     for share in SHARES:
         if search.best is None or search.closed():
             break
-        _, choice, found = search.best
+        seconds, choice, found = search.best
         cut = search.offer(choice)[0]
+        if sum(found.prices.values()) * limit < gap * seconds:  # memory is worth nothing under this sharding
+            break
         other = search.step(cut, {m: price * share for m, price in found.prices.items()}, found)
         if other is not None:
             search.offer(other)
@@ -93,17 +96,27 @@ def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | 
 
 
 def _fall(search: _Search, cut: Cut) -> None:
-    """Nothing fits at the cheapest sharding: make memory dearer until a sharding is found under which something does."""
+    """Nothing fits at the cheapest sharding: make memory dearer until a sharding is found under which something does, then less dear."""
     run = cut.tape.run()  # no number here depends on the limit: what a refusal says is needed is then found
-    unit = run.seconds / max(run.peak, 1)
+    moment, unit = int(cut.base.argmax()), run.seconds / max(run.peak, 1)
+    low = high = 0.0
     for factor in FIRST:
-        moment = int(cut.base.argmax())
         choice = search.step(cut, {moment: unit * factor}, None)
         if choice is None:
             return
-        cut, found = search.offer(choice)
-        if found is not None or time.monotonic() > search.deadline:
+        if search.offer(choice)[1] is not None:
+            high = factor
+            break
+        low = factor
+        if time.monotonic() > search.deadline:
             return
+    for _ in range(HALVES if high else 0):
+        middle = math.sqrt(max(low, high * LEAST) * high)
+        choice = search.step(cut, {moment: unit * middle}, None)
+        if choice is not None and search.offer(choice)[1] is not None:
+            high = middle
+        else:
+            low = middle
 
 
 def _result(search: _Search) -> Joint:
