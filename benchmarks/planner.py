@@ -23,9 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
 import large_models
+import small_problems
 
 from netmind_autopar import AutoparError, Plan, plan
 from netmind_autopar.api import plan_program
@@ -205,8 +206,6 @@ def baselines() -> Iterator[Row]:
 
 
 def small() -> Iterator[Row]:
-    import small_problems
-
     equal, worse, checked = small_problems.compare(50)
     yield row("50 small problems against brute force", {"equal": equal, "worst_excess": worse}, {"equal": checked}, equal == checked)
 

@@ -115,6 +115,7 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--compare", action="store_true", help="plan every usual baseline on the same mesh too, and show a table")
     sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
+    sub.add_argument("--offload", action="store_true", help="activations may wait for backward in host memory")
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
     sub.add_argument("--strict", action="store_true", help="refuse operations that have no sharding rule")
@@ -191,7 +192,7 @@ def run_plan(args: argparse.Namespace) -> int:
         solving = {"optimizer": args.optimizer, "pins": pins, "forbid": forbid, "random_costs": args.random_costs, "inputs": "global"}
         solving |= {"time_limit": args.time_limit, "gap": args.gap}
         # as api.plan does, but the program is still needed for the report
-        recipes = {"baseline": args.baseline, "checkpoint": args.checkpoint}
+        recipes = {"baseline": args.baseline, "checkpoint": args.checkpoint, "offload": args.offload}
         found = api.plan_program(program, where, progress, memory=args.memory, strict=args.strict, **recipes, **solving)
         found = found.timed(time.process_time() - start)
         rules = bind_program(program)

@@ -132,6 +132,7 @@ def plan_report(
     parts += [Text(), _rivals("Meshes", "mesh", plan, plan.alternatives)] if plan.alternatives else []
     parts += [Text(), _rivals("Baselines on this mesh", "baseline", plan, compared)] if compared else []
     parts += [Text(), _time(plan.cost), Text(), _memory(plan)]
+    parts += [Text(), _saved(plan, show_all)] if plan.recompute or plan.regather or plan.offload else []
     parts += [Text(), _parameters(plan, parameters, show_all)] if parameters else []
     parts += [Text(), _work(plan, work, show_all)] if work else []
     parts += [Text(), _collectives(plan)]
@@ -220,6 +221,20 @@ def _memory(plan: Plan) -> Group:
         label = f"optimizer ({plan.optimizer})" if name == "optimizer" else name
         table.add_row(label, size(value), f"{value / total:.0%}", _bar(value / total))
     return _section("Memory per device at the peak", table)
+
+
+def _saved(plan: Plan, show_all: bool) -> Group:
+    """What is done to fit into the memory."""
+    table = _table("", "")
+    kinds = (("runs again in backward", plan.recompute), ("gathered again", plan.regather), ("waits elsewhere", plan.offload))
+    hidden = 0
+    for what, entries in kinds:
+        shown = entries if show_all else entries[:6]
+        hidden += len(entries) - len(shown)
+        for i, entry in enumerate(shown):
+            table.add_row("" if i else what, _fold(entry, 60))
+    worth = [Text(f"One more GiB per device would save about {seconds(plan.gib_worth_s)} a step.")] if plan.gib_worth_s else []
+    return Group(_section("To fit into the memory", table, hidden), *worth)
 
 
 def _parameters(plan: Plan, rows: Sequence[ParameterRow], show_all: bool) -> Group:

@@ -8,6 +8,7 @@ import itertools
 import models
 import numpy as np
 import pytest
+import small_problems
 import torch
 from liveness import lowered_peak
 
@@ -21,6 +22,7 @@ from netmind_autopar.solver.problem import evaluate
 from netmind_autopar.solver.saving.cut import Cut
 from netmind_autopar.solver.saving.decide import Task, entries
 from netmind_autopar.solver.saving.mix import fit, least
+from netmind_autopar.solver.saving.polish import polish
 from netmind_autopar.solver.saving.price import priced, shares
 from netmind_autopar.solver.saving.tape import Saved, Tape
 from netmind_autopar.solver.search import solve_problem
@@ -158,3 +160,23 @@ def test_entries_are_slices():
     for text in ("x", "x[:2]", "disk:a.*.b[1][3:]", "a[1]", "a~1[2:7]"):
         assert str(Entry.parse(text)) == text
     assert Entry.parse("a[1][2:3]").of(("p", "q", "r", "s")) == ("r",) and Entry.parse("a[1]").name == "a[1]"
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 50, 5))])
+def test_small_problems_are_solved_as_well_as_by_trying_everything(first):
+    """And no bound is above the best of all."""
+    equal, worst, checked = small_problems.compare(5, first)
+    assert equal == checked, f"{checked - equal} of {checked} are worse, by {worst:.2%} at most"
+
+
+def test_polishing_keeps_within_the_limit_and_never_makes_worse():
+    for seed in range(5):
+        problem = small_problems.random_problem(seed)
+        free = solve_problem(problem)
+        tape = Tape(problem, free.choice)
+        cut = Cut(tape)
+        saved, run = least(tape, cut)
+        limit = (run.peak + tape.run().peak) // 2
+        better, after = polish(tape, saved, run, limit, 200)
+        assert after.peak <= limit and after.seconds <= run.seconds
+        assert tape.run(better).seconds == after.seconds

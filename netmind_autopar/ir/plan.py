@@ -181,6 +181,7 @@ class Plan(_Part):
     cost: Cost = Cost()
     collectives: tuple[Collective, ...] = ()
     replicated: tuple[Replicated, ...] = ()
+    gib_worth_s: Seconds = 0.0
     bound_s: Seconds = 0.0
     gap: Seconds = 0.0
     status: Literal["optimal", "feasible", "given"] = "given"

@@ -84,6 +84,7 @@ def solve(
         regather=saving.regather,
         offload=saving.offload,
         waits_s=saving.waits_s,
+        byte_worth_s=saving.byte_worth_s,
     )
     return plan.timed(time.process_time() - start)
 
@@ -104,6 +105,7 @@ def assemble(
     regather: tuple[str, ...] = (),
     offload: tuple[str, ...] = (),
     waits_s: float = 0.0,
+    byte_worth_s: float = 0.0,
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
     assert found.choice is not None
@@ -126,6 +128,7 @@ def assemble(
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
         collectives=collectives_of(built, found.choice, conversions),
         replicated=replicated_of(built, found.choice),
+        gib_worth_s=byte_worth_s * 2**30,
         bound_s=bound,
         gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
         status="optimal" if found.status == milp.OPTIMAL else "feasible",

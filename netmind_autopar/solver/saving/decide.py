@@ -28,7 +28,10 @@ from .tape import Saved
 
 @dataclass(frozen=True)
 class Decision:
-    """What was solved, the solution, and what a plan says about saving memory. waits_s: seconds of waiting for transfers."""
+    """What was solved, the solution, and what a plan says about saving memory. waits_s: seconds of waiting for transfers.
+
+    byte_worth_s: seconds that one more byte of memory would save.
+    """
 
     built: Built
     solution: Solution
@@ -36,6 +39,7 @@ class Decision:
     regather: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
     waits_s: float = 0.0
+    byte_worth_s: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -127,7 +131,7 @@ def _written(task: Task, built: Built, joint: Joint, limit: int, gap: float) -> 
     bound = min(joint.bound, seconds)
     closed = seconds - bound <= gap * abs(seconds)
     solution = Solution(choice, seconds, bound, milp.OPTIMAL if closed else milp.FEASIBLE)
-    return Decision(new, solution, recompute, regather, offload, joint.waits_s)
+    return Decision(new, solution, recompute, regather, offload, joint.waits_s, sum(joint.prices.values()))
 
 
 def _without_recompute(task: Task, limit: int, *, allowed: Kept | None, bound: float, time_limit: float, gap: float) -> Decision:

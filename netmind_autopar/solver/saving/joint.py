@@ -7,20 +7,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..presolve import Kept
-from ..problem import Choice, Problem
+from ..presolve import Kept, reduce
+from ..problem import Choice, Problem, seconds
 from ..search import quick
 from .cut import Cut
 from .mix import Fit, fit, least
+from .polish import polish
 from .price import priced, shares
 from .tape import Saved, Tape
 
 SHARES = (0.6, 0.3, 0.8)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
+FEW = 128  # shardings that are all looked at
+BEST, POLISH = 16, 300_000  # plans that are polished, and ops of tapes that are run for it
 FIRST = (0.02, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per peak, times this
 HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
 
@@ -82,17 +86,37 @@ def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | 
     cut, found = search.offer(first)
     if found is None:
         _fall(search, cut)
+    _try_all(search)
     for share in SHARES:
         if search.best is None or search.closed():
             break
-        seconds, choice, found = search.best
+        best_s, choice, found = search.best
         cut = search.offer(choice)[0]
-        if sum(found.prices.values()) * limit < gap * seconds:  # memory is worth nothing under this sharding
+        if sum(found.prices.values()) * limit < gap * best_s:  # memory is worth nothing under this sharding
             break
         other = search.step(cut, {m: price * share for m, price in found.prices.items()}, found)
         if other is not None:
             search.offer(other)
     return _result(search)
+
+
+def _try_all(search: _Search) -> None:
+    """So few shardings that each is looked at."""
+    kept = reduce(search.problem, search.allowed)
+    if math.prod(map(len, kept)) <= FEW:
+        for choice in itertools.product(*kept):
+            if math.isfinite(seconds(search.problem, choice)):
+                search.offer(choice)
+
+
+def _polish(search: _Search) -> None:
+    """Small changes to the best plans, as many as are worth their time."""
+    fits = [(found.run.seconds, choice, cut, found) for choice, (cut, found) in search.tried.items() if found is not None]
+    for _, choice, cut, found in sorted(fits, key=lambda way: way[:2])[:BEST]:
+        tries = max(POLISH // (len(fits[:BEST]) * max(len(cut.tape.ops), 1)), 4)
+        saved, run = polish(cut.tape, found.saved, found.run, search.limit, tries)
+        if search.best is None or run.seconds < search.best[0]:
+            search.best = run.seconds, choice, replace(found, saved=saved, run=run)
 
 
 def _fall(search: _Search, cut: Cut) -> None:
@@ -121,8 +145,9 @@ def _fall(search: _Search, cut: Cut) -> None:
 
 def _result(search: _Search) -> Joint:
     if search.best is not None:
-        seconds, choice, found = search.best
-        return Joint(choice, found.saved, seconds, found.run.peak, min(search.bound, seconds), True, found.prices, found.run.waits_s)
+        _polish(search)
+        best_s, choice, found = search.best
+        return Joint(choice, found.saved, best_s, found.run.peak, min(search.bound, best_s), True, found.prices, found.run.waits_s)
     ways = [(*least(cut.tape, cut), choice) for choice, (cut, _) in search.tried.items()]
     saved, run, choice = min(ways, key=lambda way: way[1].peak)
     if run.peak <= search.limit:
