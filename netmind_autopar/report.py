@@ -19,11 +19,11 @@ from rich.text import Text
 from .costs.device import ClusterProfile
 from .ir.mesh import Mesh
 from .ir.plan import Alternative, Cost, Plan
-from .ir.spec import Partial, Placement, Replicate, Shard, local_bytes, local_shape, plain
+from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
 from .solver.explain import ClassRow, ConversionRow
+from .wording import _digits, seconds, size, words
 
 BAR = 24  # columns of a full bar
-DIMS = ("rows", "columns")
 HEAVY = ("mm", "addmm", "bmm", "convolution", "attention", "embedding", "_softmax", "_log_softmax", "nll_loss", "sum_exp")
 PARTS = (("compute", "compute_s"), ("communication", "communication_s"), ("recomputation", "recompute_s"), ("transfers", "transfer_s"))
 
@@ -38,45 +38,6 @@ class ParameterRow:
     dtype: torch.dtype
     placements: tuple[Placement, ...]
     device_bytes: int
-
-
-def seconds(value: float) -> str:
-    """`12.3 ms`: three digits and a unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{_digits(value / scale)} {unit}"
-    return "0 s" if value == 0 else f"{_digits(value * 1e9)} ns"
-
-
-def size(value: float) -> str:
-    """`1.25 GiB`: three digits and a binary unit."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= scale:
-            return f"{_digits(value / scale)} {unit}"
-    return f"{int(value)} B"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def words(placements: Sequence[Placement], rank: int, axes: Sequence[str]) -> str:
-    """Placements in words: `rows over tp`, `rows over dp × tp`, `dim 2 over tp`, `terms over tp`, `whole`."""
-    split: dict[int, list[str]] = {}
-    terms: dict[str, list[str]] = {}
-    for axis, placement in zip(axes, placements, strict=True):
-        if isinstance(placement, Shard):
-            split.setdefault(placement.dim, []).append(axis)
-        elif isinstance(placement, Partial):
-            terms.setdefault("terms" if placement.op == "sum" else placement.op, []).append(axis)
-    parts = [(_dim_word(dim, rank), names) for dim, names in sorted(split.items())] + sorted(terms.items())
-    return ", ".join(f"{what} over {' × '.join(names)}" for what, names in parts) or "whole"
-
-
-def _dim_word(dim: int, rank: int) -> str:
-    if rank == 1:
-        return "split"
-    return DIMS[dim] if rank == 2 else f"dim {dim}"
 
 
 def placements_of(plan: Plan, name: str, rank: int, variant: int = 0) -> tuple[Placement, ...]:

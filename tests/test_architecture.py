@@ -25,7 +25,7 @@ LAYERS = (
     ("api",),
     ("verification",),
     ("__init__",),
-    ("report", "modelfile"),
+    ("report", "wording", "modelfile"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
