@@ -25,7 +25,8 @@ LAYERS = (
     ("api",),
     ("verification",),
     ("__init__",),
-    ("report", "wording", "modelfile"),
+    ("wording",),
+    ("report", "modelfile"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
