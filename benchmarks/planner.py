@@ -147,6 +147,7 @@ def joint() -> Iterator[Row]:
 def folded() -> Iterator[Row]:
     """The same objective when every layer is decided for itself."""
     from netmind_autopar.solver import build as module
+    from netmind_autopar.solver.saving import decide
 
     usual = module.classes
     for binding in (False, True):
@@ -160,13 +161,14 @@ def folded() -> Iterator[Row]:
             limit = int(tape.resident + 0.6 * (tape.run().peak - tape.resident))
         steps = {}
         for fold in (True, False):
-            module.classes = usual if fold else (lambda program, rules=None: dict(unfolded(usual(program, rules))))  # type: ignore[assignment]
+            names = usual if fold else (lambda program, rules=None: dict(unfolded(usual(program, rules))))
+            module.classes = decide.classes = names  # type: ignore[assignment]
             try:
                 mesh = make_mesh("dp=8,tp=4", "h100-sxm")
                 found = solve_problem(work.build().problem, gap=1e-6) if limit is None else None
                 steps[fold] = found.seconds if found else plan_program(work.program, mesh, lambda _: None, memory=limit).cost.step_s
             finally:
-                module.classes = usual
+                module.classes = decide.classes = usual
         off = steps[True] / steps[False] - 1
         name = f"folded against unfolded, 4 layers, memory {'binding' if binding else 'loose'}"
         yield row(name, float(f"{off:.3g}"), 1e-5, abs(off) <= 1e-5, folded_s=steps[True], unfolded_s=steps[False])

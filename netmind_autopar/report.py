@@ -140,7 +140,7 @@ def _header(plan: Plan, title: str) -> RenderableType:
 def _proof(plan: Plan) -> list[tuple[str, str]]:
     if plan.status == "given":
         return [("bound", "none: this plan was given, nothing is proven about it")]
-    state = "optimal" if plan.status == "optimal" else "best found in the time allowed"
+    state = "optimal" if plan.status == "optimal" else "best found"
     rows = [("bound", f"no plan with equal blocks takes less than {seconds(plan.bound_s)}; gap {plan.gap:.2%}, {state}")]
     spent = f", {seconds(plan.solve_s)} of CPU with the capture" if plan.solve_s else ""
     return [*rows, ("solver", f"{plan.solver or 'no integer program was needed'}{spent}")]
