@@ -176,7 +176,7 @@ def folded() -> Iterator[Row]:
 
 def unfolded(names: dict[str, str]) -> Iterator[tuple[str, str]]:
     for node, name in names.items():
-        yield node, name if name.startswith(("output.", "input.")) else node
+        yield node, name if name.startswith(("output.", "input.")) else node.removesuffix("_again")
 
 
 def baselines() -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..costs.comm import Conversions
@@ -24,8 +24,11 @@ from .memory import largest
 from .pins import Pin, pinned
 from .problem import Choice, evaluate
 from .saving.decide import Decision, Task, within
+from .saving.remedy import remedies
 from .search import solve_problem
 from .shard import Solution
+
+REMEDY_S = 15.0  # seconds that are spent on what would fit, when nothing does, even after the time limit
 
 
 def solve(
@@ -68,7 +71,9 @@ def solve(
         saving = within(task, built, found, limit, allowed=allowed, time_limit=left, gap=gap)
         built, found = saving.built, saving.solution
     if found.choice is None or found.seconds == math.inf:
-        raise _refusal(built, found, limit, bool(pins or forbid))
+        left = max(time_limit - (time.monotonic() - clock), REMEDY_S)
+        others = remedies(task, limit, allowed=allowed, time_limit=left) if found.choice is not None else []
+        raise _refusal(built, found, limit, bool(pins or forbid), others)
     plan = assemble(
         program,
         built,
@@ -141,7 +146,7 @@ def _labels(built: Built, choice: Choice) -> list[str]:
     return [node.labels[k] for node, k in zip(built.problem.nodes, choice, strict=True)]
 
 
-def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> InfeasibleError | SolverError:
+def _refusal(built: Built, found: Solution, limit: int, pinned: bool, others: Sequence[str]) -> InfeasibleError | SolverError:
     """Why there is no plan: what is needed, what there is, the largest tensors, and the smallest limit that works."""
     if found.choice is None:
         if found.status == milp.UNKNOWN:
@@ -162,7 +167,7 @@ def _refusal(built: Built, found: Solution, limit: int, pinned: bool) -> Infeasi
         f"no plan fits into {limit} bytes ({_size(limit)}) per device: {need} bytes ({_size(need)}) are needed{proven}",
         where=(node.meta.get("where") or node.name) if node is not None else "",
         why=f"the largest tensors on one device there: {tensors}",
-        try_=f"a limit of {need} bytes or more, more devices, a smaller batch, or an optimizer with less state",
+        try_="; ".join((f"a limit of {need} bytes or more", *others, "a smaller batch, more devices, or an optimizer with less state")),
     )
 
 
