@@ -17,8 +17,9 @@ from torch import fx
 from ..ir.errors import PlanError
 from ..ir.plan import ALL, Entry
 from ..ir.program import Output, Program, is_getitem, source, tensor_args, values
-from ..ir.spec import Spec, layout, same_layout
+from ..ir.spec import Layout, Spec, layout, same_layout
 from ..rules.algebra import Rule, Strategy, Term, input_specs, output_specs
+from ..rules.algebra import strategies as all_strategies
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def needed_conversions(
             return produced[owner][0]  # type: ignore[return-value]
         return output_specs(rules[owner], strategies.get(owner, none), [have.dtype])[0]  # type: ignore[return-value]
 
+    said = _Said(program, rules, sizes)
     out: list[Needed] = []
     for (name, index), takers in uses(program).items():
         have = produced[name][index]
@@ -185,5 +187,50 @@ def needed_conversions(
             if not same_layout(have, want, sizes):
                 served.setdefault((group(have, use.phase, (name, index) in again), layout(want, sizes)), (want, []))[1].append(use)
         is_gradient = any(use.result is not None and use.result.role == "grad" for use in takers)
-        out += [Needed(name, index, key[0], have, want, tuple(users), is_gradient) for key, (want, users) in served.items()]
+        several = len({wanted(use, have).dims for use in takers}) > 1
+        for key, (want, users) in served.items():
+            target = said.first(want, have, takers, key[1]) if several else want
+            out.append(Needed(name, index, key[0], have, target, tuple(users), is_gradient))
     return tuple(out)
+
+
+class _Said:
+    """How a layout that several uses of a value know is written: as the first of them that may want it writes it.
+
+    Uses may see a dim as other parts; the moves between two layouts can depend on that, so pricing and lowering must agree.
+    """
+
+    def __init__(self, program: Program, rules: Mapping[str, Rule], sizes: tuple[int, ...]) -> None:
+        self.program, self.rules, self.sizes = program, rules, sizes
+        self.nodes = {node.name: node for node in program.graph.nodes}
+        self.known: dict[tuple, dict[Layout, Spec]] = {}
+
+    def first(self, want: Spec, have: Spec, takers: Sequence[Use], wanted: Layout) -> Spec:
+        """`want`, whose layout is `wanted`, in the words of the first taker that has some for it."""
+        for use in takers:
+            found = self._of(use, have).get(wanted)
+            if found is not None:
+                return found
+        return want
+
+    def _of(self, use: Use, have: Spec) -> dict[Layout, Spec]:
+        """The layouts that a use may want, each as its first strategy writes it."""
+        if use.result is None:
+            node = self.nodes[use.node]
+            rule, dtypes = self.rules[use.node], tuple(value_of(arg).dtype for arg in tensor_args(node))
+        else:
+            owner = owner_of(self.program, use.result)
+            if owner is None:
+                return {layout(have.replicated, self.sizes): have.replicated}
+            rule = self.rules[owner]
+            dtypes = (value_of(self.nodes[owner]).dtype if owner in self.nodes else have.dtype,)
+        key = (id(rule), -1 if use.result else use.position, dtypes)
+        if key not in self.known:
+            found: dict[Layout, Spec] = {}
+            for strategy in all_strategies(rule, self.sizes):
+                specs = output_specs(rule, strategy, dtypes) if use.result else input_specs(rule, strategy, dtypes)
+                spec = specs[0 if use.result else use.position]
+                if spec is not None:
+                    found.setdefault(layout(spec, self.sizes), spec)
+            self.known[key] = found
+        return self.known[key]
