@@ -28,7 +28,7 @@ from .saving.remedy import remedies
 from .search import solve_problem
 from .shard import Solution
 
-REMEDY_S = 15.0  # seconds that are spent on what would fit, when nothing does, even after the time limit
+REMEDY_S = 15.0  # seconds that are spent on what would fit, when nothing does
 
 
 def solve(
@@ -71,8 +71,7 @@ def solve(
         saving = within(task, built, found, limit, allowed=allowed, time_limit=left, gap=gap)
         built, found = saving.built, saving.solution
     if found.choice is None or found.seconds == math.inf:
-        left = max(time_limit - (time.monotonic() - clock), REMEDY_S)
-        others = remedies(task, limit, allowed=allowed, time_limit=left) if found.choice is not None else []
+        others = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S) if found.choice else []
         raise _refusal(built, found, limit, bool(pins or forbid), others)
     plan = assemble(
         program,
