@@ -115,6 +115,16 @@ def test_random_prices_within_limits_are_exact(seed):
     assert exact("gpt2", plan)
 
 
+def test_what_waits_in_host_memory_is_exact():
+    """The solver sends values away by itself, and the plan that says so is right."""
+    work, (_, _, tape, cut) = task("llama", "a=2,b=2"), solved("llama", "a=2,b=2")
+    low, high = least(tape, cut)[1].peak, tape.run().peak
+    limit = int(low + 0.1 * (high - low))
+    plan = solve(work.program, work.rules, work.mesh, graph_hash=graph_hash(work.program), memory_limit=limit, offload=True)
+    assert plan.offload and plan.cost.peak_bytes <= limit
+    assert exact("llama", plan)
+
+
 def test_less_memory_never_takes_less_time():
     times = [limited("gpt2", "a=2,b=2", share)[0].cost.step_s for share in (0.9, 0.6, 0.05)]
     assert all(later >= earlier * (1 - 2e-3) for earlier, later in itertools.pairwise(times))
