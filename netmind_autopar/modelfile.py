@@ -7,7 +7,6 @@ For planning everything is built on the meta device, so that no memory is needed
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from .ir.errors import InputError
+from .ir.jsontext import read_json
 
 SEED = 0
 
@@ -67,7 +67,7 @@ def load_hf(config: str, batch: int, seq: int, *, meta: bool) -> Loaded:
     except ImportError:
         raise InputError("--hf needs the package transformers", try_="pip install 'netmind-autopar[hf]'") from None
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(
             "cannot read the config", where=str(path), why=str(e), try_="give the path of a Hugging Face config.json"

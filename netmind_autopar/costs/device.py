@@ -23,7 +23,6 @@ A profile is a .toml or .json file (examples/cluster.toml). Every number is requ
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from pathlib import Path
@@ -34,6 +33,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..ir.errors import MeshError, ProfileError
+from ..ir.jsontext import read_json
 from ..ir.mesh import Axis, Device, Mesh, parse_axes
 from .presets import CLUSTERS, DEVICES, host_memory_bytes, match_name
 
@@ -95,10 +95,10 @@ def load_profile(path: str | Path) -> ClusterProfile:
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text, object_pairs_hook=_unique)
+        data = tomllib.loads(text) if file.suffix == ".toml" else read_json(text)
     except OSError as e:
         raise ProfileError("cannot read the cluster profile", where=str(file), why=str(e), try_=_presets()) from None
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise ProfileError(
             f"the cluster profile is not readable {file.suffix[1:].upper()}",
             where=str(file),
@@ -118,13 +118,6 @@ def load_profile(path: str | Path) -> ClusterProfile:
             why=first["msg"],
             try_="see examples/cluster.toml for every field and its unit",
         ) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a key appears twice")
-    return out
 
 
 def _device_preset(name: str, where: str) -> dict[str, Any]:

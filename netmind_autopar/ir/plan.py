@@ -29,6 +29,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .errors import PlanError
+from .jsontext import read_json
 from .mesh import Axis, Device, Mesh
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -274,7 +275,7 @@ class Plan(_Part):
     def loads(cls, text: str, where: str = "") -> Plan:
         """The inverse of `dumps`. Raises PlanError that names the field at fault."""
         try:
-            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+            data = read_json(text)
             return cls.model_validate_json(json.dumps(data, allow_nan=False))
         except ValidationError as e:
             first = e.errors()[0]
@@ -285,23 +286,10 @@ class Plan(_Part):
                 why=first["msg"],
                 try_="undo the edit of that field, or plan again",
             ) from None
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             raise PlanError(
                 "the plan file is not readable JSON",
                 where=where,
                 why=str(e)[:200],
                 try_="plan again: the file is truncated or was edited into something else",
             ) from None
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    out: dict[str, object] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the key {key!r} appears twice")
-        out[key] = value
-    return out
-
-
-def _no_constant(text: str) -> object:
-    raise ValueError(f"{text} is not a number that a plan can hold")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir import flags
+from ..ir.jsontext import read_json
 from .discover import Found
 
 FORMAT, VERSION = "netmind-autopar-rule", 3  # the version changes with the search: what an older one found is not asked
@@ -30,8 +31,8 @@ def load(key: dict[str, Any]) -> Found | None:
     try:
         if path.stat().st_size > MAX_BYTES:
             return None
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION) or data.get("key") != key:
         return None

@@ -67,7 +67,7 @@ def read(path: str | Path) -> Instance:
         return Instance(str(data.get("name", path.stem)), costs, usages, intervals, pairs, tables, data.get("usage_limit"))
     except OSError as e:
         raise InputError(f"cannot read {path}", where=str(path), why=str(e), try_="a path to an instance file") from None
-    except (KeyError, TypeError, ValueError, IndexError, EOFError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, EOFError, RecursionError) as e:
         raise InputError(
             f"{path} is no instance of the contest",
             where=str(path),
