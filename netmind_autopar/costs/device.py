@@ -95,7 +95,7 @@ def load_profile(path: str | Path) -> ClusterProfile:
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if file.suffix == ".toml" else read_json(text)
+        data = tomllib.loads(text) if file.suffix == ".toml" else read_json(text, constants=True)
     except OSError as e:
         raise ProfileError("cannot read the cluster profile", where=str(file), why=str(e), try_=_presets()) from None
     except ValueError as e:

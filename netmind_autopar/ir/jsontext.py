@@ -1,4 +1,4 @@
-"""JSON from outside, read strictly: no key twice, no NaN or Infinity, no nesting that would exhaust the interpreter's stack."""
+"""JSON from outside, read strictly: no key twice, no nesting that would exhaust the interpreter's stack."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 from pydantic_core import from_json
 
 
-def read_json(text: str) -> object:
-    """What `text` says. Raises ValueError, whatever the text.
+def read_json(text: str, *, constants: bool = False) -> object:
+    """What `text` says; NaN and Infinity with `constants`, for who refuses them by field. Raises ValueError, whatever the text.
 
     The first reader bounds the nesting without a stack of Python's; at Python's own limit, finalizers of other objects would fail too.
     """
     from_json(text)
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=float if constants else _no_constant)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
