@@ -38,12 +38,14 @@ from ..ir.mesh import Axis, Device, Mesh, parse_axes
 from .presets import CLUSTERS, DEVICES, host_memory_bytes, match_name
 
 MOST_DEVICES = 2**22
+MEASURE = "`netmind-autopar calibrate --out my.json` measures this machine"
 
 # Bounds are generous: outside of them a number is in the wrong unit.
-Rate = Annotated[float, Field(ge=1e3, le=1e16, allow_inf_nan=False)]  # bytes/s
-Flops = Annotated[float, Field(ge=1e6, le=1e18, allow_inf_nan=False)]
-Latency = Annotated[float, Field(ge=1e-9, le=10.0, allow_inf_nan=False)]
-MemoryBytes = Annotated[int, Field(ge=2**20, le=2**50)]
+Rate = Annotated[float, Field(ge=1e6, le=1e15, allow_inf_nan=False)]  # bytes/s
+Flops = Annotated[float, Field(ge=1e8, le=1e17, allow_inf_nan=False)]
+Latency = Annotated[float, Field(ge=1e-9, le=0.5, allow_inf_nan=False)]  # s
+Launch = Annotated[float, Field(ge=1e-9, le=0.01, allow_inf_nan=False)]  # s
+MemoryBytes = Annotated[int, Field(ge=2**24, le=2**45)]
 
 
 class _Part(BaseModel):
@@ -67,7 +69,7 @@ class DeviceProfile(_Part):
     memory_bytes: MemoryBytes
     memory_bandwidth_bytes_s: Rate
     host_bandwidth_bytes_s: Rate
-    launch_s: Latency
+    launch_s: Launch
     peak_flops: dict[str, Flops]
 
     @field_validator("peak_flops")
@@ -122,7 +124,7 @@ def load_profile(path: str | Path) -> ClusterProfile:
 
 def _device_preset(name: str, where: str) -> dict[str, Any]:
     if name not in DEVICES:
-        raise MeshError(f"unknown device {name!r}", where=where, try_=f"one of {', '.join(DEVICES)}, or a [device] table")
+        raise MeshError(f"unknown device {name!r}", where=where, try_=f"one of {', '.join(DEVICES)}, or a [device] table; {MEASURE}")
     data = {"name": name} | {k: v for k, v in DEVICES[name].items() if k != "source"}
     return data if data["memory_bytes"] else data | {"memory_bytes": host_memory_bytes()}
 
@@ -138,7 +140,7 @@ def _preset(cluster: str) -> ClusterProfile:
 
 
 def _presets() -> str:
-    return f"one of {', '.join(CLUSTERS)}, or the path of a .toml or .json profile"
+    return f"one of {', '.join(CLUSTERS)}, or the path of a .toml or .json profile; {MEASURE}"
 
 
 def cluster_profile(cluster: str) -> ClusterProfile:
@@ -164,7 +166,7 @@ def default_cluster() -> str:
         f"no numbers are known for the device {name!r}",
         where="cluster=",
         why="without them no plan can be priced",
-        try_=f"pass cluster={_presets()}",
+        try_=f"pass cluster=, {_presets()}",
     )
 
 

@@ -37,6 +37,9 @@ DEVICES: dict[str, dict[str, object]] = {
     "a100-80": _gpu(
         80, 2.039, 32, "NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB)", float32=19.5, float64=9.7, float16=312, bfloat16=312
     ),
+    "a100-pcie": _gpu(
+        80, 1.935, 32, "NVIDIA A100 Tensor Core GPU datasheet (PCIe, 80 GB)", float32=19.5, float64=9.7, float16=312, bfloat16=312
+    ),
     "h100-sxm": _gpu(
         80,
         3.35,
@@ -120,6 +123,16 @@ DEVICES: dict[str, dict[str, object]] = {
         "peak_flops": {"float32": 9e10, "float64": 4.5e10},
         "source": "measured; memory: the present machine's, shared by its processes",
     },
+    # One process that runs on all eight cores. 32 float32 operations per cycle and core (two 256-bit multiply-adds: AMD, Software
+    # Optimization Guide for the AMD Zen4 Microarchitecture) at the base clock of 3.3 GHz; two channels of DDR5-5600 of 8 bytes each.
+    "laptop-cpu": {
+        "memory_bytes": 16 * GB,
+        "memory_bandwidth_bytes_s": 8.96e10,
+        "host_bandwidth_bytes_s": 8.96e10,
+        "launch_s": 3e-6,
+        "peak_flops": {"float32": 8 * 32 * 3.3e9, "float64": 8 * 16 * 3.3e9},
+        "source": "AMD Ryzen 7 7840U product page: 8 cores, 3.3 GHz, 2 × DDR5-5600; with 16 GB",
+    },
 }
 
 
@@ -157,6 +170,10 @@ _IB400_SHARED = Link(6.25e9, 6e-6, LINK_EFFICIENCY, "NVIDIA ConnectX-7 datasheet
 _ETH25 = Link(3.125e9 / 8, 3e-5, LINK_EFFICIENCY, "25 Gb/s Ethernet, one card for eight devices")
 _GLOO = Link(1.5e9, 5e-5, 1.0, "gloo on the loopback device, order of magnitude")
 _ETH10 = Link(1.25e9, 1e-4, LINK_EFFICIENCY, "10 Gb/s Ethernet")
+_ETH1 = Link(0.125e9, 1e-4, LINK_EFFICIENCY, "1 Gb/s Ethernet")
+# EFA's datagrams may arrive out of order and are sorted in software: the latency, an order of magnitude, is above InfiniBand's.
+_EFA400 = Link(6.25e9, 1.5e-5, LINK_EFFICIENCY, "Amazon EC2 P4 page: 400 Gb/s of EFA for eight devices; latency assumed")
+_EFA3200 = Link(50e9, 1.5e-5, LINK_EFFICIENCY, "Amazon EC2 P5 page: 3,200 Gb/s of EFA for eight devices; latency assumed")
 
 _NVLINK2 = _nvlink(150, "NVIDIA V100 datasheet: NVLink 300 GB/s in both directions")
 _NVLINK3 = _nvlink(300, "NVIDIA A100 datasheet: NVLink 600 GB/s in both directions")
@@ -170,16 +187,22 @@ CLUSTERS: dict[str, Cluster] = {
     "v100": Cluster("v100", 8, _NVLINK2, _IB100),
     "a100-40": Cluster("a100-40", 8, _NVLINK3, _IB200),
     "a100-80": Cluster("a100-80", 8, _NVLINK3, _IB200),
-    "a100-pcie": Cluster("a100-80", 8, _PCIE4, _IB400_SHARED),
+    "dgx-a100": Cluster("a100-80", 8, _NVLINK3, _IB200),  # NVIDIA DGX A100 datasheet (640 GB): eight ConnectX-6, one per device
+    "p4d": Cluster("a100-40", 8, _NVLINK3, _EFA400),
+    "p4de": Cluster("a100-80", 8, _NVLINK3, _EFA400),
+    "a100-pcie": Cluster("a100-pcie", 8, _PCIE4, _IB400_SHARED),
     "h100-sxm": Cluster("h100-sxm", 8, _NVLINK4, _IB400),
     "dgx-h100": Cluster("h100-sxm", 8, _NVLINK4, _IB400),  # NVIDIA DGX H100 datasheet: eight ConnectX-7, one per device
+    "p5": Cluster("h100-sxm", 8, _NVLINK4, _EFA3200),
     "h100-pcie": Cluster("h100-pcie", 8, _PCIE5, _IB400_SHARED),
     "h200": Cluster("h200", 8, _NVLINK4, _IB400),
+    "p5en": Cluster("h200", 8, _NVLINK4, _EFA3200),
     "b200": Cluster("b200", 8, _NVLINK5, _IB400),
     "l4": Cluster("l4", 8, _PCIE4, _ETH25),
     "rtx4090": Cluster("rtx4090", 8, _PCIE4, _ETH25),
     "mi300x": Cluster("mi300x", 8, _XGMI, _IB400),
     "cpu": Cluster("cpu", 8, _GLOO, _ETH10),
+    "laptop": Cluster("laptop-cpu", 1, _GLOO, _ETH1),
 }
 
 # torch.cuda.get_device_name → cluster; the first that matches
