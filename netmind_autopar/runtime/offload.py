@@ -17,7 +17,7 @@ import mmap
 import os
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ from ..ir.errors import GraphError, OffloadError
 
 TIERS = ("host", "disk")
 _BLOCK = bytes(1 << 20)
+
+
+class Laid(Protocol):
+    """How a local tensor lies in memory."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    bytes: int
 
 
 class Away:
@@ -161,8 +170,8 @@ def _host_to_device(away: Away) -> None:
         away.event = back.record_event()
 
 
-def _file(away: Away) -> Tensor:
-    """Room for x on disk, mapped into memory. All of it is reserved at once: writing into a map of a full disk would be a crash."""
+def _file(away: Laid) -> Tensor:
+    """Room for a tensor on disk, mapped into memory. All of it is reserved at once: writing into a map of a full disk would be a crash."""
     size = max(away.bytes, 1)
     folder = flags.offload_folder()
     try:
