@@ -127,7 +127,7 @@ def test_the_example_profile() -> None:
 
 
 def profile() -> dict:
-    return json.loads(json.dumps(load_profile(EXAMPLE).model_dump()))
+    return json.loads(json.dumps(load_profile(EXAMPLE).model_dump(exclude_defaults=True)))
 
 
 def fields(data: dict, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

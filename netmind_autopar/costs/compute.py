@@ -4,7 +4,7 @@
 
 `flops` and `bytes` are those of the local operands. The ramp is the time in which a kernel fills and drains the device: an op that
 lasts as long as its ramp runs at half of its efficiency. That is why small matmuls are slow, and why splitting them ever
-further gains ever less.
+further gains ever less. A device that was measured (`netmind-autopar calibrate`) has curves instead: see `curves.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..ir.mesh import Axis, Mesh
+from ..ir.mesh import Axis, Device, Mesh
 from ..ir.program import op_name, source, tensor_args, values
 from ..rules.algebra import Rule, Strategy, Term
+from .curves import op_seconds
 
 Shape = tuple[int, ...]
 
@@ -37,6 +38,8 @@ class Efficiency:
     ramp_s: float = 0.0
     tile: tuple[int, int, int] = (1, 1, 1)
 
+
+WHOLE = Efficiency(1.0, 1.0)  # nothing rounded, nothing lost
 
 # GPU. matmul: 770–798 of 989 TFLOP/s were measured on an H200 in bfloat16 (0.8), and vendors' libraries come close to that on every
 # device of the table; 64 × 64 tiles are the smallest that use tensor cores well, 16 bytes of the inner dim are loaded at once
@@ -219,6 +222,7 @@ class OpCost:
     matmul: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] | None = None  # letters of rows, columns, inner dim
     creates: bool = False
     late: str = ""  # the letter of rows of which a later block has more to do
+    op: str = ""
 
     def local_sizes(self, strategy: Strategy, axes: Sequence[Axis]) -> dict[str, int]:
         """Size of every letter on the fullest device."""
@@ -243,13 +247,24 @@ class OpCost:
         local = self._local(strategies, mesh.axes)
         moved = np.broadcast_to(self._bytes(local), (len(strategies),))
         device = mesh.device
-        table = CPU if device.name == "cpu" else GPU
+        if device.curves and (known := self._measured(local, moved, device)) is not None:
+            return np.where(moved <= TINY_BYTES, 0.0, known) if self.creates else known
+        table = CPU if device.name.endswith("cpu") else GPU
         reach = table.get(self.kind) or table["elementwise"]
         memory_s = moved / (device.memory_bandwidth_bytes_s * reach.memory)
         compute_s = self._flops(local, reach) / (device.flops(self.dtype) * reach.flops) if self.flops else np.zeros(1)
         ramp = np.where((self.flops > 0) | (moved > TINY_BYTES), reach.ramp_s, 0.0)
         out = np.maximum(compute_s, memory_s) + ramp + device.launch_s
         return np.where(moved <= TINY_BYTES, 0.0, out) if self.creates else out
+
+    def _measured(self, local: Mapping[str, np.ndarray], moved: np.ndarray, device: Device) -> np.ndarray | None:
+        """Seconds from the device's curves, shape (strategies,); None where it has none for this op."""
+        work = np.broadcast_to(self._flops(local, WHOLE), moved.shape) if self.flops else None
+        smallest = None
+        if self.matmul:
+            dims = [math.prod(local[letter] for letter in letters) for letters in self.matmul]
+            smallest = np.broadcast_to(np.minimum.reduce(dims), moved.shape)
+        return op_seconds(device, (self.op, self.kind), self.dtype, work, moved, smallest)
 
     def _flops(self, local: Mapping[str, Any], reach: Efficiency) -> Any:
         """Of local sizes, numbers or arrays."""
@@ -301,7 +316,15 @@ def op_cost(node: fx.Node, rule: Rule) -> OpCost:
     dtype = next((v.dtype for v in (*taken, *made) if v is not None and v.dtype.is_floating_point), torch.float32)
     late = "s" if kind == "attention" and "s" in rule.sizes and _argument(node, "causal", False) else ""
     return OpCost(
-        kind, flops(node), str(dtype).removeprefix("torch."), dict(rule.sizes), tuple(operands), _matmul_letters(name, rule), creates, late
+        kind,
+        flops(node),
+        str(dtype).removeprefix("torch."),
+        dict(rule.sizes),
+        tuple(operands),
+        _matmul_letters(name, rule),
+        creates,
+        late,
+        name,
     )
 
 

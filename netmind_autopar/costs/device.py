@@ -34,8 +34,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..ir.errors import MeshError, ProfileError
 from ..ir.jsontext import read_json
-from ..ir.mesh import Axis, Device, Mesh, parse_axes
+from ..ir.mesh import Axis, Curve, Device, Mesh, check_rising, parse_axes
+from .curves import at_size, make
 from .presets import CLUSTERS, DEVICES, host_memory_bytes, match_name
+from .space import MESSAGES
 
 MOST_DEVICES = 2**22
 MEASURE = "`netmind-autopar calibrate --out my.json` measures this machine"
@@ -45,6 +47,7 @@ Rate = Annotated[float, Field(ge=1e6, le=1e15, allow_inf_nan=False)]  # bytes/s
 Flops = Annotated[float, Field(ge=1e8, le=1e17, allow_inf_nan=False)]
 Latency = Annotated[float, Field(ge=1e-9, le=0.5, allow_inf_nan=False)]  # s
 Launch = Annotated[float, Field(ge=1e-9, le=0.01, allow_inf_nan=False)]  # s
+Share = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 MemoryBytes = Annotated[int, Field(ge=2**24, le=2**45)]
 
 
@@ -52,16 +55,50 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+Point = Annotated[list[Annotated[float, Field(gt=0, le=1e20)]], Field(min_length=2, max_length=2)]
+
+
+class CurveProfile(_Part):
+    """Measured points (amount, seconds). Of an op or a class of ops: amounts are floating-point operations, or bytes; of a collective:
+    bytes that one device of a group of `group` sends."""
+
+    kind: str = Field(min_length=1)
+    dtype: str = ""
+    group: int = Field(default=0, ge=0, le=2**20)
+    points: list[Point] = Field(min_length=1, max_length=1000)
+
+    @field_validator("points")
+    @classmethod
+    def _rising(cls, points: list[list[float]]) -> list[list[float]]:
+        check_rising(points)
+        return points
+
+    def curve(self) -> Curve:
+        return Curve(self.kind, self.dtype, tuple((x, s) for x, s in self.points))
+
+
 class LinkProfile(_Part):
-    """What one device can send along a link, and the latency of one message."""
+    """What one device can send along a link, and the latency of one message. curves: collectives as they were measured."""
 
     bandwidth_bytes_s: Rate
     latency_s: Latency
+    curves: list[CurveProfile] = []
+
+    def at(self, size: int) -> tuple[Curve, ...]:
+        """The curves of a group of `size` devices, each from the measured group that is nearest in size."""
+        out = []
+        for kind in dict.fromkeys(c.kind for c in self.curves if c.kind in MESSAGES):
+            near = min((c for c in self.curves if c.kind == kind), key=lambda c: abs(math.log(max(c.group, 1) / size)))
+            points = near.curve().points
+            out.append(make(kind, "", at_size(points, near.group, size, MESSAGES[kind], self.latency_s)))
+        return tuple(out)
 
 
 class LinkProfiles(_Part):
+    """`inter` may be left out: the cluster is then one node."""
+
     intra: LinkProfile
-    inter: LinkProfile
+    inter: LinkProfile | None = None
 
 
 class DeviceProfile(_Part):
@@ -71,6 +108,7 @@ class DeviceProfile(_Part):
     host_bandwidth_bytes_s: Rate
     launch_s: Launch
     peak_flops: dict[str, Flops]
+    curves: list[CurveProfile] = []
 
     @field_validator("peak_flops")
     @classmethod
@@ -83,13 +121,48 @@ class DeviceProfile(_Part):
         return rates
 
 
+class Residual(_Part):
+    """How far predictions lay from measurements that their fit had not seen: relative errors, as parts of the measured seconds."""
+
+    kind: str
+    points: int = Field(ge=1)
+    median: Share
+    p90: Share
+
+
+class Measurement(_Part):
+    """What was measured: the lower quartile, the median and the upper quartile of `repeats` samples."""
+
+    name: str
+    kind: str
+    dtype: str = ""
+    group: int = Field(default=0, ge=0)
+    amount: float = Field(ge=0)
+    seconds: list[float] = Field(min_length=3, max_length=3)
+    repeats: int = Field(ge=1)
+
+
+class Calibration(_Part):
+    """Where a profile's numbers come from: see docs/calibrate.md."""
+
+    torch: str
+    backend: str
+    ranks: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    seconds: float = Field(ge=0)
+    seed: int
+    residuals: list[Residual]
+    measured: list[Measurement] = []
+
+
 class ClusterProfile(_Part):
-    """One cluster: equal devices, equal nodes."""
+    """One cluster: equal devices, equal nodes. calibration: for one that was measured."""
 
     name: str = Field(min_length=1)
     node_size: int = Field(ge=1, le=2**20)
     device: DeviceProfile
     links: LinkProfiles
+    calibration: Calibration | None = None
 
 
 def load_profile(path: str | Path) -> ClusterProfile:
@@ -152,6 +225,26 @@ def cluster_profile(cluster: str) -> ClusterProfile:
     raise MeshError(f"unknown cluster {cluster!r}", where="cluster=", try_=_presets())
 
 
+def error_band(cluster: str, compute_s: float, communication_s: float) -> float | None:
+    """By which part of itself a predicted time may be wrong, when the cluster's profile was calibrated; None otherwise.
+
+    The calibration's errors that nine of ten measurements stayed within, compute and communication weighted by their seconds.
+    """
+    if not cluster.endswith((".toml", ".json")) or compute_s + communication_s <= 0:
+        return None
+    try:
+        calibration = load_profile(cluster).calibration
+    except (ProfileError, MeshError):
+        return None
+    if calibration is None:
+        return None
+    known = {r.kind: r.p90 for r in calibration.residuals}
+    if "compute" not in known:
+        return None
+    parts = known["compute"] * compute_s + known.get("communication", known["compute"]) * communication_s
+    return parts / (compute_s + communication_s)
+
+
 def default_cluster() -> str:
     """The preset of the present machine: by the name of its CUDA device, "cpu" when it has none.
 
@@ -191,7 +284,14 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
     for i, name in enumerate(names):
         inside = bool((nodes == np.take(nodes, [0], axis=i)).all())
         link = profile.links.intra if inside else profile.links.inter
-        axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s))
+        if link is None:
+            raise MeshError(
+                f"the axis {name!r} leaves the node, and no link between nodes is known",
+                where=f"cluster={chosen!r}",
+                why=f"the profile describes one node of {profile.node_size} devices",
+                try_="a smaller mesh, calibrate --ranks with as many as the mesh has, or a [links.inter] table in the profile",
+            )
+        axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s, link.at(ranks.shape[i])))
     memory = profile.device.memory_bytes
     if chosen == "cpu":
         memory //= min(ranks.size, profile.node_size)
@@ -208,6 +308,7 @@ def _device(profile: DeviceProfile, memory_bytes: int) -> Device:
         profile.memory_bandwidth_bytes_s,
         profile.host_bandwidth_bytes_s,
         profile.launch_s,
+        curves=tuple(c.curve() for c in profile.curves),
     )
 
 

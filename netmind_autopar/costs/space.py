@@ -18,6 +18,7 @@ import torch
 
 from ..ir.mesh import Axis, Mesh
 from ..ir.spec import Partial, Placement, Replicate, Shard, Spec, cuts
+from .curves import interpolate
 
 MESSAGES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}  # times (n − 1)
 MOVES = {
@@ -29,6 +30,7 @@ MOVES = {
     (Replicate, Partial): "mask",
 }
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "mask")
+LOCAL = (KINDS.index("slice"), KINDS.index("mask"))  # nothing travels
 Amount = TypeVar("Amount", float, np.ndarray)
 BUCKET_BYTES = 25 << 20  # reductions of gradients travel together in buckets of this size (the default of PyTorch's DDP)
 # Starting a collective costs as much as this many kernels: 40 µs before the first message in vTrain's tables of A100s (see presets.py).
@@ -38,9 +40,13 @@ RANDOM_LEAST_S, RANDOM_RANGE = 1e-6, 1e3  # random prices are drawn log-uniforml
 
 
 def collective_seconds(kind: str, axis: Axis, bytes: Amount, *, latency_share: Amount | float = 1.0) -> Amount | float:
-    """Seconds of one collective in which every device sends `bytes` along `axis`; `latency_share` of the latency is paid."""
+    """Seconds of one collective in which every device sends `bytes` along `axis`; `latency_share` of the latency is paid.
+
+    Where the axis was measured its curve tells, the start of the collective included; its first point is the latency."""
     if axis.size == 1:
         return 0.0
+    if points := axis.measured(kind):
+        return interpolate(points, bytes) - (1.0 - latency_share) * points[0][1]
     return latency_share * MESSAGES[kind] * (axis.size - 1) * axis.latency_s + bytes / axis.bandwidth_bytes_s
 
 
@@ -166,7 +172,8 @@ class Space:
             if self.mesh.axes[axis].size == 1:
                 continue
             old = self.placed[:, axis]
-            ok = (kinds[old] >= 0) & ~later & ~(later[rows, old] | self.dead)[:, None]
+            known = np.where(np.isin(kinds, LOCAL), kinds, -1) if self.mesh.axes[axis].in_turn else kinds
+            ok = (known[old] >= 0) & ~later & ~(later[rows, old] | self.dead)[:, None]
             i, new = np.nonzero(ok)
             j = self.number[codes[i] + (new - old[i]) * self.strides[axis]]
             good = (j >= 0) & (j != i)
@@ -206,7 +213,7 @@ class Space:
         if kind not in MESSAGES:
             return sent, np.maximum(local, LEAST_S), np.maximum(local, LEAST_S)
         share = np.minimum(1.0, np.maximum(before, after) / BUCKET_BYTES)
-        start = START_LAUNCHES * device.launch_s
+        start = 0.0 if link.measured(kind) else START_LAUNCHES * device.launch_s
         whole = local + start + collective_seconds(kind, link, sent)
         bucketed = local + share * start + collective_seconds(kind, link, sent, latency_share=share)
         return sent, np.maximum(whole, LEAST_S), np.maximum(bucketed, LEAST_S)

@@ -5,25 +5,47 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import MeshError
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Measured seconds of one kind of work. `points`: (amount, seconds), both ascending; between them the scales are logarithmic."""
+
+    kind: str
+    dtype: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Axis:
-    """One mesh axis. `bandwidth_bytes_s` is what one device can send along it; `latency_s` is paid per message."""
+    """One mesh axis. `bandwidth_bytes_s` is what one device can send along it; `latency_s` is paid per message.
+
+    curves: where measured, seconds of whole collectives by the bytes that one device sends; they are used instead.
+    in_turn: not devices, but parts of the work that one device does one after the other: nothing can travel along such an axis.
+    """
 
     name: str
     size: int
     bandwidth_bytes_s: float = 1e11
     latency_s: float = 1e-5
+    curves: tuple[Curve, ...] = ()
+    in_turn: bool = False
+
+    def measured(self, kind: str) -> tuple[tuple[float, float], ...]:
+        """The points of a collective's curve; empty when it was not measured."""
+        return next((c.points for c in self.curves if c.kind == kind), ())
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device. `peak_flops` holds (dtype name, FLOP/s) pairs; unlisted dtypes run at the float32 rate."""
+    """One device. `peak_flops` holds (dtype name, FLOP/s) pairs; unlisted dtypes run at the float32 rate.
+
+    curves: where measured, seconds of ops and classes of ops; they are used instead of rates and efficiencies.
+    """
 
     name: str
     peak_flops: tuple[tuple[str, float], ...]
@@ -31,6 +53,7 @@ class Device:
     memory_bandwidth_bytes_s: float
     host_bandwidth_bytes_s: float
     launch_s: float = 5e-6
+    curves: tuple[Curve, ...] = ()
 
     def flops(self, dtype: str) -> float:
         rates = dict(self.peak_flops)
@@ -59,6 +82,15 @@ class Mesh:
 
     def __str__(self) -> str:
         return ",".join(f"{axis.name}={axis.size}" for axis in self.axes)
+
+
+def check_rising(points: Sequence[Sequence[float]]) -> None:
+    """Raises ValueError unless amounts and seconds are positive, the amounts ascend and the seconds do not fall."""
+    if not all(x > 0 and s > 0 for x, s in points):
+        raise ValueError("a point that is not positive")
+    for (x, s), (y, t) in itertools.pairwise(points):
+        if x >= y or s > t:
+            raise ValueError("amounts must ascend, and seconds must not fall")
 
 
 def coordinates(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -12,6 +12,8 @@ What saves memory is said by name, with the members that it is for as a Python s
     recompute   "h.*.mlp.gelu[:12]"             ops of forward that run again in backward
     regather    "h.*.attn.c_attn.weight"        values whose conversions are made again in backward instead of being kept; "*": all
     offload     "disk:h.*.mlp.gelu[:4]"         values that wait for backward in host memory, or on disk; "name[1]" is a second output
+    state       "optimizer:h.*.mlp.c_fc.weight[2:5]", "disk:optimizer:wte.weight"
+                                                parameters whose optimizer state waits between steps in host memory, or on disk
 """
 
 from __future__ import annotations
@@ -26,11 +28,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from .errors import PlanError
 from .jsontext import read_json
-from .mesh import Axis, Device, Mesh
+from .mesh import Axis, Curve, Device, Mesh, check_rising
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
@@ -38,46 +49,51 @@ Bytes = Annotated[int, Field(ge=0)]
 
 T = TypeVar("T")
 ALL = "*"
-_ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?P<name>[^:]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?:(?P<what>optimizer):)?(?P<name>[^:]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of `recompute`, `regather` or `offload`: members start … stop-1 of it, kept on `tier` "host" or "disk"."""
+    """One name of `recompute`, `regather`, `offload` or `state`: members start … stop-1 of it, kept on `tier` "host" or "disk".
+
+    what: "optimizer" in `state`, nothing elsewhere."""
 
     name: str
     start: int = 0
     stop: int | None = None
     tier: str = "host"
+    what: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Entry:
-        """Raises PlanError when `text` is no entry."""
+    def parse(cls, text: str, what: str = "") -> Entry:
+        """Raises PlanError when `text` is no entry, or is one for something else than `what`."""
         found = _ENTRY.fullmatch(text)
-        if not found:
+        if not found or (found["what"] or "") != what:
             raise PlanError(
-                f"cannot read the entry {text!r}", where="recompute, regather or offload", try_='a name as in choices, or "name[:12]"'
+                f"cannot read the entry {text!r}",
+                where="state" if what else "recompute, regather or offload",
+                try_=f'"{what}:" and a name as in choices' if what else 'a name as in choices, or "name[:12]"',
             )
         stop = int(found["stop"]) if found["stop"] else None
-        return cls(found["name"], int(found["start"] or 0), stop, found["tier"] or "host")
+        return cls(found["name"], int(found["start"] or 0), stop, found["tier"] or "host", what)
 
     def __str__(self) -> str:
         part = f"[{self.start or ''}:{'' if self.stop is None else self.stop}]" if self.start or self.stop is not None else ""
-        return ("disk:" if self.tier == "disk" else "") + self.name + part
+        return ("disk:" if self.tier == "disk" else "") + (f"{self.what}:" if self.what else "") + self.name + part
 
     def of(self, members: Sequence[T]) -> Sequence[T]:
         """Those of all members of a class, in program order, that the entry is for."""
         return members[self.start : self.stop]
 
 
-def entries_of(name: str, members: Iterable[int], count: int, tier: str = "host") -> list[str]:
+def entries_of(name: str, members: Iterable[int], count: int, tier: str = "host", what: str = "") -> list[str]:
     """The entries that say these positions out of `count`, in order."""
     out: list[str] = []
     run: list[int] = []
     for at in [*sorted(members), -1]:
         if run and at != run[-1] + 1:
             stop = None if run[-1] + 1 == count else run[-1] + 1
-            out.append(str(Entry(name, run[0], stop, tier)))
+            out.append(str(Entry(name, run[0], stop, tier, what)))
             run = []
         run.append(at)
     return out
@@ -87,6 +103,19 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+class PlanCurve(_Part):
+    """Measured seconds of one collective by the bytes that one device sends: see `ir.mesh.Curve`."""
+
+    kind: str
+    points: tuple[tuple[float, float], ...] = Field(min_length=1)
+
+    @field_validator("points")
+    @classmethod
+    def _rising(cls, points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        check_rising(points)
+        return points
+
+
 class PlanAxis(_Part):
     """One mesh axis. The link's numbers travel with the plan: the chain of collectives between two placements follows from them."""
 
@@ -94,6 +123,21 @@ class PlanAxis(_Part):
     size: int = Field(ge=1)
     bandwidth_bytes_s: float = Field(default=1e11, gt=0, allow_inf_nan=False)
     latency_s: Seconds = 1e-5
+    curves: tuple[PlanCurve, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Without `curves` where nothing was measured."""
+        return {key: value for key, value in handler(self).items() if key != "curves" or value}
+
+    @classmethod
+    def of(cls, axis: Axis) -> PlanAxis:
+        curves = tuple(PlanCurve(kind=c.kind, points=c.points) for c in axis.curves)
+        return cls(name=axis.name, size=axis.size, bandwidth_bytes_s=axis.bandwidth_bytes_s, latency_s=axis.latency_s, curves=curves)
+
+    def axis(self) -> Axis:
+        curves = tuple(Curve(c.kind, "", c.points) for c in self.curves)
+        return Axis(self.name, self.size, self.bandwidth_bytes_s, self.latency_s, curves)
 
 
 class PlanDevice(_Part):
@@ -182,6 +226,7 @@ class Plan(_Part):
     recompute: tuple[str, ...] = ()
     regather: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
     cost: Cost = Cost()
     collectives: tuple[Collective, ...] = ()
     replicated: tuple[Replicated, ...] = ()
@@ -232,7 +277,7 @@ class Plan(_Part):
 
     def links(self) -> Mesh:
         """The mesh as far as conversions depend on it: a plan lowers alike wherever it is loaded."""
-        axes = tuple(Axis(a.name, a.size, a.bandwidth_bytes_s, a.latency_s) for a in self.mesh)
+        axes = tuple(a.axis() for a in self.mesh)
         device = Device("planned", (("float32", 1.0),), 1, self.device.memory_bandwidth_bytes_s, 1.0, self.device.launch_s)
         return Mesh(axes, device, self.cluster)
 

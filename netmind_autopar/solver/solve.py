@@ -128,7 +128,7 @@ def assemble(
         regather=regather,
         offload=offload,
         cost=cost,
-        mesh=tuple(PlanAxis(name=a.name, size=a.size, bandwidth_bytes_s=a.bandwidth_bytes_s, latency_s=a.latency_s) for a in mesh.axes),
+        mesh=tuple(PlanAxis.of(a) for a in mesh.axes),
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
         collectives=collectives_of(built, found.choice, conversions),
         replicated=replicated_of(built, found.choice),
