@@ -27,9 +27,12 @@ from .rules.learnt import share
 from .runtime.agree import all_alike, from_rank_zero, together
 from .runtime.module import Executable, ParallelModule
 from .solver.baselines import solve_baseline
+from .solver.conversions import end_rules
+from .solver.fold import classes
 from .solver.meshes import Devices, search_meshes
 from .solver.pins import Pin
 from .solver.recipes import Baseline
+from .solver.parking import parked
 from .solver.solve import solve
 from .tracer.capture import capture
 from .tracer.hash import graph_hash
@@ -168,7 +171,18 @@ def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
     flags.debug(4, source)
     flags.dump("lowered.txt", lambda: str(lowered.graph))
     flags.dump("emitted.py", lambda: source)
-    return Executable.of(lowered, source, lambda: emit(lowered, plan, inference=True), training=training)
+    return Executable.of(
+        lowered, source, lambda: emit(lowered, plan, inference=True), training=training, parked=parked_parameters(program, plan)
+    )
+
+
+def parked_parameters(program: Program, plan: Plan) -> dict[str, str]:
+    """The names of parameters whose optimizer state waits between steps elsewhere, and where: "host" or "disk"."""
+    if not plan.state:
+        return {}
+    names = classes(program, {**end_rules(program, plan.inputs), **bind_program(program)})
+    waiting = parked(program, plan.state, names)
+    return {item.name: waiting[item.node] for item in program.inputs if item.node in waiting}
 
 
 def lower_plan(program: Program, plan: Plan) -> Program:

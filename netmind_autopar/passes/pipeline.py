@@ -16,6 +16,7 @@ from ..rules.algebra import Rule, Strategy
 from ..solver.conversions import end_rules, regathered
 from ..solver.fold import classes
 from ..solver.replay import offloaded, rewritten
+from ..solver.parking import parked
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
 from .dense import make_dense
@@ -59,6 +60,7 @@ def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     strategies |= {twin: strategies[original] for twin, original in new.twins.items()}
     conversions = Conversions(plan.links(), plan.random_costs)
     return run_passes(new.program, Lowering(plan, new.rules, strategies, conversions, plan.sizes, again, away))
+    parked(program, plan.state, names)  # the runtime's business: here only whether the entries mean something
 
 
 def run_passes(program: Program, context: Lowering) -> Program:

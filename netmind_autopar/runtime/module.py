@@ -20,6 +20,7 @@ from ..ir.spec import Spec, local_shape, shard
 from . import infer
 from .collectives import ProcessWire
 from .dtensors import as_dtensor, torch_placements
+from .parked import park
 from .place import Place, load
 from .reach import reached
 
@@ -40,9 +41,18 @@ class Executable:
     training: bool
     mode: str
     reached: tuple[frozenset[int], ...]  # of each gradient: the outputs whose gradient enters into it
+    parked: Mapping[str, str]  # parameters whose optimizer state waits between steps elsewhere, and where
 
     @classmethod
-    def of(cls, lowered: Program, source: str, inference_source: Callable[[], str], *, training: bool) -> Executable:
+    def of(
+        cls,
+        lowered: Program,
+        source: str,
+        inference_source: Callable[[], str],
+        *,
+        training: bool,
+        parked: Mapping[str, str] | None = None,
+    ) -> Executable:
         """From a lowered program: `specs` of its placeholders, `expects` of its results."""
         specs = tuple(lowered.specs[i.node] for i in lowered.inputs)
         return cls(
@@ -58,6 +68,7 @@ class Executable:
             training,
             lowered.mode,
             reached(lowered),
+            parked or {},
         )
 
 
@@ -85,6 +96,7 @@ class ParallelModule(nn.Module):
         self._shared: dict[bool, list[list[int]]] = {}
         self._roles = _Roles(executable)
         self._adopt(model, sizes, coord, device)
+        park({self.get_parameter(name): tier for name, tier in executable.parked.items()})
         self.train(executable.training)
 
     @property
