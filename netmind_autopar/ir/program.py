@@ -12,11 +12,12 @@ Passes put an op's shardings beside the graph, in `specs` (what a node produces)
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -62,6 +63,15 @@ class Signature:
     rebuild: Callable[[list[torch.Tensor]], tuple[tuple, dict[str, Any]]]
 
 
+class Taken(NamedTuple):
+    """What a call takes: `nodes` in the order of the call, one entry per occurrence; `rest` is everything else, as text."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    nodes: tuple[fx.Node, ...]
+    rest: str
+
+
 @dataclass(frozen=True)
 class Program:
     """`constants` are the tensors that `get_attr` nodes name. `tied` maps a second name of a parameter to its first."""
@@ -92,7 +102,22 @@ class Program:
 
     def owner(self, item: Output) -> Input:
         """The parameter or input that a gradient, or an input's new value, belongs to. Two may share a name, not an index too."""
-        return next(i for i in self.inputs if i.role in ("param", "input") and (i.name, i.index) == (item.name, item.index))
+        return self._owners[item.name, item.index]
+
+    @functools.cached_property
+    def _owners(self) -> dict[tuple[str, int], Input]:
+        return {(i.name, i.index): i for i in reversed(self.inputs) if i.role in ("param", "input")}
+
+    def taken(self, node: fx.Node) -> Taken:
+        """`taken_by`, looked up where it is known and still true."""
+        known = self._taken.get(node)
+        if known is None or known.args is not node.args or known.kwargs is not node.kwargs:
+            known = self._taken[node] = taken_by(node)
+        return known
+
+    @functools.cached_property
+    def _taken(self) -> dict[fx.Node, Taken]:
+        return {}
 
     def placeholders(self) -> dict[str, Input]:
         return {item.node: item for item in self.inputs}
@@ -118,6 +143,21 @@ def tensor_args(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
     return found
+
+
+def taken_by(node: fx.Node) -> Taken:
+    """What a node takes. Two calls of one op with equal `rest`, on equal tensors, are equal."""
+    found: list[fx.Node] = []
+    rest = fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or _HOLE)  # type: ignore[arg-type,return-value]
+    return Taken(node.args, node.kwargs, tuple(found), repr(rest))
+
+
+class _Hole:
+    def __repr__(self) -> str:
+        return "%"
+
+
+_HOLE = _Hole()
 
 
 def is_getitem(node: fx.Node) -> bool:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from ..ir.program import Program, is_getitem, op_name, source, tensor_args
+from ..ir.program import Program, Taken, is_getitem, op_name, source, taken_by
 from .algebra import Rule, Term
 from .table import TABLE, rule_for, signature
 
@@ -31,7 +31,7 @@ _NONE: dict[str, Cuts] = {}
 def bind_program(program: Program) -> dict[str, Rule]:
     """The refined rule of every `call_function` node except getitem, by node name."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function" and not is_getitem(n)]
-    return bind_nodes(nodes)
+    return bind_nodes(nodes, program.taken)
 
 
 def unlisted(program: Program) -> list[fx.Node]:
@@ -46,19 +46,26 @@ def learnt_rules(program: Program) -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys((op, str(rule)) for op, rule in rules if rule.known))
 
 
-def bind_nodes(nodes: Sequence[fx.Node]) -> dict[str, Rule]:
+def bind_nodes(nodes: Sequence[fx.Node], taken: Callable[[fx.Node], Taken] = taken_by) -> dict[str, Rule]:
     """As `bind_program`, for the nodes given (in graph order)."""
     cache: dict[tuple, Rule] = {}
+    quick: dict[tuple, Rule] = {}  # nodes of repeated blocks share their fake tensors
     seen: dict[int, Any] = {}
     rules: list[Rule] = []
+    takes: list[tuple[fx.Node, ...]] = []
     for node in nodes:
-        key = signature(node, seen)
-        if key not in cache:
-            cache[key] = rule_for(node)
-        rules.append(cache[key])
+        given = taken(node)
+        takes.append(given.nodes)
+        key = (id(node.target), given.rest, id(node.meta["val"]), *[id(arg.meta["val"]) for arg in given.nodes])
+        if key not in quick:
+            facts = signature(node, seen)
+            if facts not in cache:
+                cache[facts] = rule_for(node)
+            quick[key] = cache[facts]
+        rules.append(quick[key])
     refined: dict[tuple[int, int], Rule] = {}
     out: dict[str, Rule] = {}
-    cuts = _Flow(nodes, rules).run()
+    cuts = _Flow(nodes, rules, takes).run()
     for node, rule, found in zip(nodes, rules, cuts, strict=True):
         pair = (id(rule), id(found))
         if pair not in refined:
@@ -105,7 +112,7 @@ def _with(chain: Cuts, cut: int) -> Cuts:
 class _Flow:
     """The fixed point: cuts per (value, dim) and per (node, letter), a queue of nodes to look at again."""
 
-    def __init__(self, nodes: Sequence[fx.Node], rules: Sequence[Rule]) -> None:
+    def __init__(self, nodes: Sequence[fx.Node], rules: Sequence[Rule], takes: Sequence[tuple[fx.Node, ...]]) -> None:
         number: dict[fx.Node, int] = {node: i for i, node in enumerate(nodes)}
         rows = {id(rule): _rows(rule) for rule in {id(rule): rule for rule in rules}.values()}
         self.rows = [rows[id(rule)] for rule in rules]
@@ -113,9 +120,9 @@ class _Flow:
         self.same: list[tuple[int, ...]] = []  # the first row with the same place, where a node takes a value twice
         self.users: dict[_Value, list[int]] = {}
         outside: dict[fx.Node, int] = {}
-        for i, node in enumerate(nodes):
+        for i, given in enumerate(takes):
             found: list[_Value] = []
-            for arg in tensor_args(node):
+            for arg in given:
                 origin, index = source(arg)
                 value = (number[origin] if origin in number else outside.setdefault(origin, ~len(outside)), index)
                 found.append(value)

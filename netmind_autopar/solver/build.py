@@ -147,11 +147,13 @@ class _Build:
             tangents = {name: f"output.{end.name}" for name, end in self.ends.items() if end.role == "tangent"}
             again = regathered(program, self.class_of | tangents, again)
         self.again = again
+        self.view_kinds = {name: _is_view(self.nodes[kind.members[0]]) for name, kind in self.kinds.items() if kind.members}
+        self.owners: dict[tuple[str, str, int], str] = {}
         grads = {o.node for o in program.outputs if o.role == "grad"}
         self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
         self.ranks = self._ranks()
         self.away: frozenset[tuple[str, int]] = frozenset()
-        self.hold = self._holds()
+        self.release = self._releases()
         self.columns: dict[tuple[str, bool, int], np.ndarray] = {}
 
     def _ranks(self) -> dict[tuple[str, int], int]:
@@ -163,28 +165,32 @@ class _Build:
             out[name, index] = seen[known] = seen.get(known, -1) + 1
         return out
 
-    def _holds(self) -> dict[str, int]:
-        """Per op the last moment at which something taken from it as a view is needed."""
-        hold: dict[str, int] = {}
-        by_node: dict[str, list[Use]] = {}
+    def _releases(self) -> dict[str, int]:
+        """Per op when it lets go of what it takes: at once, or, if it gives views of that, when the last taker of one does."""
+        out = dict(self.moment)
+        views: dict[str, list[Use]] = {name: [] for name in self.ops if self.is_view(name)}
         for (name, _), takers in self.uses.items():
-            by_node.setdefault(name, []).extend(takers)
-        for name in reversed(self.ops):
-            hold[name] = max((self.held(use, hold) for use in by_node.get(name, ())), default=self.moment[name])
-        return hold
+            if name in views:
+                views[name].extend(takers)
+        for name in reversed(views):
+            out[name] = max((self.held(use, out) for use in views[name]), default=self.moment[name])
+        return out
 
-    def held(self, use: Use, hold: Mapping[str, int]) -> int:
+    def held(self, use: Use, release: Mapping[str, int]) -> int:
         """When a use lets go of what it took: the user keeps outputs and gradients; a buffer's new value is copied after forward."""
         if use.result:
             return min(self.forward_end + 1, self.end) if use.result.role == "mutation" else self.end
-        return hold[use.node] if self.is_view(use.node) else self.moment[use.node]
+        return release[use.node]
 
     def consumer(self, use: Use) -> str:
         """The class whose choice says in which layout `use` wants its value."""
         if use.result is None:
             return self.class_of[use.node]
-        owner = owner_of(self.program, use.result)
-        return RESULT if owner is None else self.class_of.get(owner, owner)
+        key = (use.result.role, use.result.name, use.result.index)
+        if key not in self.owners:
+            owner = owner_of(self.program, use.result)
+            self.owners[key] = RESULT if owner is None else self.class_of.get(owner, owner)
+        return self.owners[key]
 
     def column(self, kind: Kind, gives: bool, position: int) -> np.ndarray:
         """The numbers of the specs that a kind takes or gives at one position, per strategy."""
@@ -234,7 +240,7 @@ class _Build:
         )
         produced = np.array([self.born(n) for n, _ in group])
         used = np.array([[self.taken(u, n) for u in self.uses[n, i]] for n, i in group])
-        held = np.array([[self.end if self.is_tangent(n) else self.held(u, self.hold) for u in self.uses[n, i]] for n, i in group])
+        held = np.array([[self.end if self.is_tangent(n) else self.held(u, self.release) for u in self.uses[n, i]] for n, i in group])
         shape = (len(group), len(takers))
         owns = not self.is_resident(name) and not self.is_view(name)
         value = Value(
@@ -301,7 +307,7 @@ class _Build:
         return Node(kind.name, labels, seconds, resident, tuple(self.moment[m] for m in kind.members), self.is_view(kind.members[0]), again)
 
     def is_view(self, name: str) -> bool:
-        return short_name(self.nodes[name]) in FREE
+        return self.view_kinds.get(self.class_of.get(name, ""), False)
 
     def resident(self, kind: Kind, trained: set[str], states: int) -> np.ndarray:
         """Bytes per strategy that always live: the class's parameters, buffers or inputs, with optimizer state."""
@@ -310,6 +316,10 @@ class _Build:
             return total
         copies = sum(1 + (states if member in trained else 0) for member in kind.members)
         return total + copies * self.conversions.local_bytes(self.column(kind, True, 0))
+
+
+def _is_view(node: fx.Node) -> bool:
+    return short_name(node) in FREE
 
 
 def trained_parameters(program: Program) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -22,8 +23,7 @@ from ..rules.algebra import Rule, Strategy, Term, input_specs, output_specs
 from ..rules.algebra import strategies as all_strategies
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """One taker of a value: argument `position` of the op `node`, or the program's output at `position` (node "output")."""
 
     node: str
@@ -102,9 +102,10 @@ def uses(program: Program) -> dict[tuple[str, int], list[Use]]:
         if node.op != "output" and not is_getitem(node):
             out.update({(node.name, i): [] for i, v in enumerate(values(node)) if v is not None})
         if node.op == "call_function" and not is_getitem(node):
-            for position, arg in enumerate(tensor_args(node)):
+            phase = node.meta["phase"]
+            for position, arg in enumerate(program.taken(node).nodes):
                 producer, index = source(arg)
-                out[producer.name, index].append(Use(node.name, position, node.meta["phase"]))
+                out[producer.name, index].append(Use(node.name, position, phase))
     nodes = {node.name: node for node in program.graph.nodes}
     for position, item in enumerate(program.outputs):
         producer, index = source(nodes[item.node])

@@ -34,9 +34,10 @@ def classes(program: Program, rules: Mapping[str, Rule] | None = None) -> dict[s
     ends = program.placeholders()
     stars = _Stars(program)
     ordinals: dict[tuple, int] = {}
+    bases: dict[tuple, str] = {}
     taken: dict[str, dict[object, str]] = {}
     out: dict[str, str] = {}
-    signs = _Signs()
+    signs = _Signs(program)
     for node in program.graph.nodes:
         if node.op == "output" or is_getitem(node):
             continue
@@ -49,9 +50,11 @@ def classes(program: Program, rules: Mapping[str, Rule] | None = None) -> dict[s
         elif node.op == "get_attr":
             base = f"constant.{node.name}"
         else:
-            base = _op_class(node, sign, stars, ordinals)
+            base = _op_class(node, sign, stars, ordinals, bases)
         known = taken.setdefault(base, {})
-        out[node.name] = known.setdefault(sign, base if not known else f"{base}~{len(known)}")
+        if sign not in known:
+            known[sign] = base if not known else f"{base}~{len(known)}"
+        out[node.name] = known[sign]
     return out
 
 
@@ -81,13 +84,17 @@ def _end_name(role: str, name: str, stars: _Stars) -> str:
     return {"input": f"input.{name}", "tangent": f"output.{name}"}.get(role, role)
 
 
-def _op_class(node: fx.Node, sign: _Sign, stars: _Stars, ordinals: dict[tuple, int]) -> str:
+def _op_class(node: fx.Node, sign: _Sign, stars: _Stars, ordinals: dict[tuple, int], known: dict[tuple, str]) -> str:
     module, phase = node.meta.get("module") or "", node.meta.get("phase", "forward")
     key = (module, phase, sign)
     ordinal = ordinals[key] = ordinals.get(key, -1) + 1
-    op = sign.facts[0].split(".")
-    name = ".".join(filter(None, (stars.of(module), op[1] if len(op) > 2 else op[0])))
-    return name + (f".{ordinal}" if ordinal else "") + ("@backward" if phase == "backward" else "")
+    where = stars.of(module)
+    name = (where, phase, sign, ordinal)
+    if name not in known:
+        op = sign.facts[0].split(".")
+        title = ".".join(filter(None, (where, op[1] if len(op) > 2 else op[0])))
+        known[name] = title + (f".{ordinal}" if ordinal else "") + ("@backward" if phase == "backward" else "")
+    return known[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +107,20 @@ class _Sign:
 class _Signs:
     """The signatures of a program's nodes. Nodes that take and make the very same fake tensors need no second look."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program) -> None:
+        self.taken = program.taken
         self.quick: dict[tuple, _Sign] = {}
         self.known: dict[tuple, _Sign] = {}
+        self.varies: dict[int, bool] = {}
 
     def of(self, node: fx.Node, rule: Rule | None) -> _Sign:
-        takes = tuple([id(arg.meta["val"]) for arg in tensor_args(node)])
-        what = node.target if node.op == "call_function" else node.op
-        key = (what, takes, id(node.meta["val"]), id(rule), _other_args(node))
+        key: tuple = (node.op, id(rule), id(node.meta["val"]))
+        if node.op == "call_function":
+            taken, target = self.taken(node), id(node.target)
+            if target not in self.varies:
+                self.varies[target] = _varies(node.target)
+            rest = _other_args(node) if self.varies[target] else taken.rest
+            key = (target, rest, id(rule), id(node.meta["val"]), *[id(arg.meta["val"]) for arg in taken.nodes])
         if key not in self.quick:
             facts = signature(node, rule)
             self.quick[key] = self.known.setdefault(facts, _Sign(facts))
@@ -142,6 +155,11 @@ def _other_args(node: fx.Node) -> str:
         args = tuple("" if i in ignored else a for i, a in enumerate(args)) if ignored else args
         kwargs = {k: v for k, v in kwargs.items() if k not in IGNORED}
     return repr((tuple(args), sorted(kwargs.items())))
+
+
+def _varies(op: Any) -> bool:
+    """Whether some of an op's arguments are ignored."""
+    return getattr(op, "_schema", None) is not None and bool(_ignored(op))
 
 
 @functools.cache

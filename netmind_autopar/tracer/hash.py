@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ def graph_hash(program: Program) -> str:
     Node names, source lines, module paths and devices do not enter; the values of constants do.
     """
     numbers: dict[fx.Node, int] = {}
-    lines: list[Any] = []
+    lines: list[str] = []
+    calls: dict[tuple, _Line] = {}
     forms: dict[int, list[Any]] = {}  # nodes of repeated blocks share their fake tensors
     ends = program.placeholders()
     for i, node in enumerate(program.graph.nodes):
@@ -31,32 +34,68 @@ def graph_hash(program: Program) -> str:
         shapes = forms[val]
         if node.op == "placeholder":
             end = ends[node.name]
-            lines.append(["in", end.role, end.name, end.index, shapes])
+            lines.append(_json(["in", end.role, end.name, end.index, shapes]))
         elif node.op == "get_attr":
-            lines.append(["const", _digest(program.constants[node.target]), shapes])
+            lines.append(_json(["const", _digest(program.constants[node.target]), shapes]))
         else:
-            lines.append([op_name(node), _plain(node.args, numbers), _plain(dict(node.kwargs), numbers), shapes])
+            taken = program.taken(node)
+            key = (id(node.target), taken.rest, val)
+            if key not in calls:
+                calls[key] = _line(node, shapes)
+            lines.append(calls[key].of([numbers[n] for n in taken.nodes]))
     names = {node.name: number for node, number in numbers.items()}
-    lines += [["out", names[o.node], o.role, o.name, o.index] for o in program.outputs]
-    lines.append(["tied", sorted(program.tied.items())])
-    return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()[:16]
+    lines += [_json(["out", names[o.node], o.role, o.name, o.index]) for o in program.outputs]
+    lines.append(_json(["tied", sorted(program.tied.items())]))
+    return hashlib.sha256(f"[{','.join(lines)}]".encode()).hexdigest()[:16]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where the number of the `position`-th node that a call takes belongs."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A call as JSON, cut where numbers of nodes belong; which belongs where."""
+
+    pieces: tuple[str, ...]
+    order: tuple[int, ...]
+
+    def of(self, numbers: list[int]) -> str:
+        out = [self.pieces[0]]
+        for at, piece in zip(self.order, self.pieces[1:], strict=True):
+            out += (str(numbers[at]), piece)
+        return "".join(out)
+
+
+def _line(node: fx.Node, shapes: list[Any]) -> _Line:
+    slots: list[_Slot] = []
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: slots.append(_Slot(len(slots))) or slots[-1])  # type: ignore
+    pieces = re.split(r'"\\u0000(\d+)"', _json([op_name(node), _plain(args), _plain(dict(kwargs)), shapes]))
+    return _Line(tuple(pieces[::2]), tuple(map(int, pieces[1::2])))
 
 
 def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(repr((str(tensor.dtype), tuple(tensor.shape), tensor.detach().cpu().tolist())).encode()).hexdigest()
 
 
-def _plain(value: Any, numbers: dict[fx.Node, int]) -> Any:
-    """An argument as JSON: nodes by number, devices left out."""
+def _plain(value: Any) -> Any:
+    """An argument as JSON: a slot for each node, devices left out."""
     kind = type(value)
-    if kind is fx.Node:
-        return {"n": numbers[value]}
+    if kind is _Slot:
+        return {"n": f"\0{value.position}"}
     if kind is int or kind is bool or kind is str or value is None:
         return value
     if isinstance(value, (list, tuple)):
-        return [_plain(v, numbers) for v in value]
+        return [_plain(v) for v in value]
     if isinstance(value, dict):
-        return {str(k): _plain(v, numbers) for k, v in sorted(value.items()) if k != "device"}
+        return {str(k): _plain(v) for k, v in sorted(value.items()) if k != "device"}
     if isinstance(value, (int, str)):
         return value
     return repr(value) if isinstance(value, float) else str(value)
