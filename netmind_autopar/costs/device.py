@@ -10,6 +10,8 @@ A profile is a .toml or .json file (examples/cluster.toml). Every number is requ
     memory_bandwidth_bytes_s = 3.35e12
     host_bandwidth_bytes_s = 64e9     device to host, one direction
     launch_s = 4e-6                   fixed price of one kernel
+    host_memory_bytes = 250_000_000_000      optional: this device's share of its node's memory; twice memory_bytes when left out
+    disk_bandwidth_bytes_s = 3.5e9           optional: its share of its node's disks, writing; 1e9 when left out
     [device.peak_flops]               FLOP/s by dtype name; float32 is required, unlisted dtypes run at its rate
     float32 = 67e12
     bfloat16 = 989e12
@@ -36,7 +38,7 @@ from ..ir.errors import MeshError, ProfileError
 from ..ir.jsontext import read_json
 from ..ir.mesh import Axis, Curve, Device, Mesh, check_rising, parse_axes
 from .curves import at_size, make
-from .presets import CLUSTERS, DEVICES, host_memory_bytes, match_name
+from .presets import CLUSTERS, DEVICES, HOSTS, host_memory_bytes, match_name
 from .space import MESSAGES
 
 MOST_DEVICES = 2**22
@@ -108,6 +110,8 @@ class DeviceProfile(_Part):
     host_bandwidth_bytes_s: Rate
     launch_s: Launch
     peak_flops: dict[str, Flops]
+    host_memory_bytes: MemoryBytes = 0
+    disk_bandwidth_bytes_s: Rate = 1e9
     curves: list[CurveProfile] = []
 
     @field_validator("peak_flops")
@@ -199,7 +203,8 @@ def _device_preset(name: str, where: str) -> dict[str, Any]:
     if name not in DEVICES:
         raise MeshError(f"unknown device {name!r}", where=where, try_=f"one of {', '.join(DEVICES)}, or a [device] table; {MEASURE}")
     data = {"name": name} | {k: v for k, v in DEVICES[name].items() if k != "source"}
-    return data if data["memory_bytes"] else data | {"memory_bytes": host_memory_bytes()}
+    data |= {"host_memory_bytes": HOSTS[name].memory_bytes, "disk_bandwidth_bytes_s": HOSTS[name].disk_bytes_s}
+    return data | {k: host_memory_bytes() for k in ("memory_bytes", "host_memory_bytes") if not data[k]}
 
 
 def _preset(cluster: str) -> ClusterProfile:
@@ -292,15 +297,15 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
                 try_="a smaller mesh, calibrate --ranks with as many as the mesh has, or a [links.inter] table in the profile",
             )
         axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s, link.at(ranks.shape[i])))
-    memory = profile.device.memory_bytes
+    memory, host = profile.device.memory_bytes, profile.device.host_memory_bytes or 2 * profile.device.memory_bytes
     if chosen == "cpu":
-        memory //= min(ranks.size, profile.node_size)
+        memory, host = (size // min(ranks.size, profile.node_size) for size in (memory, host))
     elif cluster is None:
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return Mesh(tuple(axes), _device(profile.device, memory), chosen)
+    return Mesh(tuple(axes), _device(profile.device, memory, host), chosen)
 
 
-def _device(profile: DeviceProfile, memory_bytes: int) -> Device:
+def _device(profile: DeviceProfile, memory_bytes: int, host_memory_bytes: int) -> Device:
     return Device(
         profile.name,
         tuple(profile.peak_flops.items()),
@@ -308,6 +313,8 @@ def _device(profile: DeviceProfile, memory_bytes: int) -> Device:
         profile.memory_bandwidth_bytes_s,
         profile.host_bandwidth_bytes_s,
         profile.launch_s,
+        host_memory_bytes=host_memory_bytes,
+        disk_bandwidth_bytes_s=profile.disk_bandwidth_bytes_s,
         curves=tuple(c.curve() for c in profile.curves),
     )
 

@@ -136,6 +136,34 @@ DEVICES: dict[str, dict[str, object]] = {
 }
 
 
+class Host(NamedTuple):
+    """What a device may use of its node's memory, and of its disks: bytes, and bytes/s of the slower direction, which is writing."""
+
+    memory_bytes: int
+    disk_bytes_s: float
+    source: str
+
+
+_NVME = 3.5e9  # U.2, PCIe Gen4, sequential writes: Samsung's announcement of the PM9A3, 3.84 TB (2020); reading takes half of the time
+
+# Per device: the node's memory and drives, shared by its eight devices. The share that the system and the data loaders take is left out.
+HOSTS: dict[str, Host] = {
+    "v100": Host(512 * GB // 8, 4 * 0.5e9 / 8, "NVIDIA DGX-1 (V100) datasheet: 512 GB, four SATA SSDs of 1.92 TB"),
+    "a100-40": Host(1000 * GB // 8, 4 * _NVME / 8, "NVIDIA DGX A100 (320 GB) datasheet: 1 TB, four U.2 NVMe drives of 3.84 TB"),
+    "a100-80": Host(2000 * GB // 8, _NVME, "NVIDIA DGX A100 (640 GB) datasheet: 2 TB, eight U.2 NVMe drives of 3.84 TB"),
+    "a100-pcie": Host(1000 * GB // 8, 4 * _NVME / 8, "assumed: as NVIDIA DGX A100 (320 GB)"),
+    "h100-sxm": Host(2000 * GB // 8, _NVME, "NVIDIA DGX H100 datasheet: 2 TB, eight U.2 NVMe drives of 3.84 TB"),
+    "h100-pcie": Host(1000 * GB // 8, 4 * _NVME / 8, "assumed: half of NVIDIA DGX H100"),
+    "h200": Host(2000 * GB // 8, _NVME, "NVIDIA DGX H200 datasheet: 2 TB, eight U.2 NVMe drives of 3.84 TB"),
+    "b200": Host(2000 * GB // 8, _NVME, "NVIDIA DGX B200 datasheet: 2 TB, eight U.2 NVMe drives of 3.84 TB"),
+    "l4": Host(768 * GB // 8, 4 * _NVME / 8, "Amazon EC2 G6 page, g6.48xlarge: 768 GiB for eight devices; four drives assumed"),
+    "rtx4090": Host(512 * GB // 8, _NVME / 8, "assumed: a workstation with 512 GB and one NVMe drive for eight devices"),
+    "mi300x": Host(2000 * GB // 8, _NVME, "assumed: as NVIDIA DGX H100"),
+    "cpu": Host(0, 1e9, "memory: the present machine's, shared by its processes; disk assumed"),
+    "laptop-cpu": Host(16 * GB, _NVME, "one NVMe drive; memory is the device's own"),
+}
+
+
 class Link(NamedTuple):
     """A link of one device: bytes/s in one direction as the vendor says, latency of one message, what is reached of the rate."""
 

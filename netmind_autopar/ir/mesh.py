@@ -44,6 +44,7 @@ class Axis:
 class Device:
     """One device. `peak_flops` holds (dtype name, FLOP/s) pairs; unlisted dtypes run at the float32 rate.
 
+    host_memory_bytes, disk_bandwidth_bytes_s: its share of its node's memory (None: no limit) and disks.
     curves: where measured, seconds of ops and classes of ops; they are used instead of rates and efficiencies.
     """
 
@@ -54,6 +55,8 @@ class Device:
     host_bandwidth_bytes_s: float
     launch_s: float = 5e-6
     curves: tuple[Curve, ...] = ()
+    host_memory_bytes: int | None = None
+    disk_bandwidth_bytes_s: float = 1e9
 
     def flops(self, dtype: str) -> float:
         rates = dict(self.peak_flops)
