@@ -2,6 +2,9 @@
 
 Local("shape", "f32[7,16] S(0)")              the local shape: [4, 16] on one device, [3, 16] on the next
 Local("start", "f32[(7 16)] S(0.0)", (0,))    where the local piece of part 0 begins
+Local("turn")                                 which micro-batch it is: 0, 1, …
+
+The first placement of a spec that has one more than the mesh has axes is that of the micro-batches, which are the outermost split.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from torch import fx
 
 from .spec import Shard, is_even, local_parts, local_shape, parse_spec, part_start
 
+ONE = (1, 0)  # (how many micro-batches, which): all is run at once
+
 
 @dataclass(frozen=True)
 class Local:
@@ -23,14 +28,18 @@ class Local:
     """
 
     what: str
-    spec: str
+    spec: str = ""
     parts: tuple[int, ...] = ()
     times: int = 1
     repeat: int = 0
 
-    def at(self, sizes: tuple[int, ...], coord: tuple[int, ...]) -> Any:
-        """The value on the device at `coord` of a mesh with these axis sizes."""
+    def at(self, sizes: tuple[int, ...], coord: tuple[int, ...], turn: tuple[int, int] = ONE) -> Any:
+        """The value on the device at `coord` of a mesh with these axis sizes; turn: (number of micro-batches, this one)."""
+        if self.what == "turn":
+            return turn[1]
         spec = parse_spec(self.spec)
+        if len(spec.placements) == len(sizes) + 1:
+            sizes, coord = (turn[0], *sizes), (turn[1], *coord)
         if self.what == "parts":
             return list(spec.parts)
         if self.what == "shape":
@@ -54,6 +63,6 @@ class Local:
         return self if varies else self.at(sizes, (0,) * len(sizes))
 
 
-def resolve(args: Any, sizes: tuple[int, ...], coord: tuple[int, ...]) -> Any:
+def resolve(args: Any, sizes: tuple[int, ...], coord: tuple[int, ...], turn: tuple[int, int] = ONE) -> Any:
     """Replace every `Local` in nested arguments by its value at `coord`."""
-    return fx.node.map_aggregate(args, lambda a: a.at(sizes, coord) if isinstance(a, Local) else a)
+    return fx.node.map_aggregate(args, lambda a: a.at(sizes, coord, turn) if isinstance(a, Local) else a)

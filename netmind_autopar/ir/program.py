@@ -63,6 +63,19 @@ class Signature:
     rebuild: Callable[[list[torch.Tensor]], tuple[tuple, dict[str, Any]]]
 
 
+@dataclass(frozen=True)
+class Micro:
+    """The program is one of `count` micro-batches, run one after the other with gradients added up.
+
+    joins: what each output of the step is made of: "sum" or "same" of the micro-batches, or "cat:0", joined along dim 0.
+    graph_hash: of the program for the whole batch.
+    """
+
+    count: int
+    joins: tuple[str, ...]
+    graph_hash: str
+
+
 class Taken(NamedTuple):
     """What a call takes: `nodes` in the order of the call, one entry per occurrence; `rest` is everything else, as text."""
 
@@ -85,6 +98,20 @@ class Program:
     specs: Mapping[str, Spec | tuple[Spec | None, ...]] = field(default_factory=dict)
     expects: Mapping[str, tuple[Spec, ...]] = field(default_factory=dict)
     mode: str = "training"  # or "inference": forward alone, no tangents and no gradients
+    micro: Micro | None = None
+
+    @property
+    def turns(self) -> int:
+        """How often the program runs in a step."""
+        return self.micro.count if self.micro else 1
+
+    @property
+    def results(self) -> tuple[Spec, ...]:
+        """How the results of a whole step lie, of a lowered program."""
+        specs = self.expects["output"]
+        if self.micro is None:
+            return specs
+        return tuple(_joined(spec, join, self.turns) for spec, join in zip(specs, self.micro.joins, strict=True))
 
     @contextmanager
     def edit(self) -> Iterator[Draft]:
@@ -136,6 +163,14 @@ class Draft:
                 raise GraphError(f"copying the graph renamed {node.name!r} to {copies[node].name!r}")
         self.specs = dict(program.specs)
         self.expects = dict(program.expects)
+
+
+def _joined(spec: Spec, join: str, count: int) -> Spec:
+    """The spec of a result that is made of `count` such ones; a dim along which they are joined is one part."""
+    if not join.startswith("cat:"):
+        return spec
+    at = int(join[4:])
+    return replace(spec, dims=tuple(tuple(n * count for n in parts) if d == at else parts for d, parts in enumerate(spec.dims)))
 
 
 def tensor_args(node: fx.Node) -> list[fx.Node]:

@@ -13,6 +13,7 @@ from ..ir.spec import Replicate, Spec, plain
 from ..rules.algebra import Rule, Strategy, input_specs, output_specs
 from ..rules.localize import localize_args
 from ..solver.conversions import owner_of, value_of
+from ..solver.micro import undivided
 
 if TYPE_CHECKING:
     from .pipeline import Lowering
@@ -43,7 +44,11 @@ def _localize_op(node: fx.Node, rule: Rule, strategy: Strategy, new, context: Lo
     if node.target in _VIEWS:  # strides follow from the plan: a view that is legal globally may need a copy locally
         node.target = torch.ops.aten.reshape.default
     if rule.adjust:
-        node.args, node.kwargs = localize_args(node.args, node.kwargs, rule, strategy, specs[0], context.sizes)
+        sizes, spec = context.sizes, specs[0]
+        if symbol := node.meta.get("micro"):  # where a piece begins is said of the whole batch, of which this is one turn
+            rule, strategy, sizes = undivided(rule, symbol, new.program.turns), (symbol, *strategy), (new.program.turns, *sizes)
+            spec = output_specs(rule, strategy, [None if v is None else v.dtype for v in outs])[0]
+        node.args, node.kwargs = localize_args(node.args, node.kwargs, rule, strategy, spec, sizes)
 
 
 def _end_spec(name: str, value: torch.Tensor, context: Lowering) -> Spec:

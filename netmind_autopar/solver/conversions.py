@@ -9,7 +9,7 @@ where the value holds Partial sums (a reduction is done once).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -72,9 +72,13 @@ def end_rules(program: Program, inputs: str = "global") -> dict[str, Rule]:
             split = role in ("param", "tangent") or (role == "input" and inputs == "local")
             out[node.name] = plain_rule(shape, split=split)
     nodes = {node.name: node for node in program.graph.nodes}
-    for item in program.outputs:
+    joins = program.micro.joins if program.micro else ("",) * len(program.outputs)
+    for item, join in zip(program.outputs, joins, strict=True):
         if item.role == "output":
-            out[f"output.{item.name}"] = plain_rule(value_of(nodes[item.node]).shape)
+            rule = plain_rule(value_of(nodes[item.node]).shape)
+            if join.startswith("cat:"):  # what lies in turns along a dim cannot lie on devices along it
+                rule = replace(rule, fixed=frozenset({f"d{join[4:]}"}))
+            out[f"output.{item.name}"] = rule
     return out
 
 

@@ -12,7 +12,8 @@ from ..ir.spec import Spec, local_bytes
 from ..rules.algebra import Rule
 from .build import Built, collect
 from .conversions import end_rules, needed_conversions, regathered
-from .problem import Choice, conversions, evaluate, items
+from .micro import in_turns
+from .problem import Choice, conversions, evaluate, items, step_bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ConversionRow:
     seconds: float
 
 
-def cost_of(built: Built, choice: Choice, trained: set[str], states: int, waits_s: float = 0.0) -> Cost:
+def cost_of(built: Built, choice: Choice, waits_s: float = 0.0) -> Cost:
     """Seconds by part and bytes by category of one choice; `waits_s` are spent waiting for transfers."""
     problem = built.problem
     _, peak, moment = evaluate(problem, choice)
@@ -61,23 +62,22 @@ def cost_of(built: Built, choice: Choice, trained: set[str], states: int, waits_
         transfer_s=waits_s,
         communication_s=communication_s,
         peak_bytes=peak,
-        memory=memory_at(built, choice, moment, trained, states),
+        memory=memory_at(built, choice, moment),
     )
 
 
-def memory_at(built: Built, choice: Choice, moment: int, trained: set[str], states: int) -> Memory:
+def memory_at(built: Built, choice: Choice, moment: int) -> Memory:
     """Bytes alive at one moment by category; their sum is what `problem.profile` says.
 
     activations: made in forward and needed in backward. transients: everything else that ops make.
     """
     total = dict.fromkeys(Memory.model_fields, 0)
     for kind, node, k in zip(built.kinds, built.problem.nodes, choice, strict=True):
-        copies = len(kind.members) + states * sum(m in trained for m in kind.members)
-        if copies and node.resident[k]:
-            each = int(node.resident[k]) // copies
-            total["inputs" if kind.role in ("input", "seed") else "parameters"] += each * len(kind.members)
-            total["optimizer"] += each * (copies - len(kind.members))
+        state = node.here * int(node.state[k]) if node.state is not None else 0
+        total["inputs" if kind.role in ("input", "seed") else "parameters"] += int(node.resident[k]) - state
+        total["optimizer"] += state
     last = built.problem.moments - 1
+    total["optimizer"] += step_bytes(built.problem, choice) if moment == last else 0
     for item in items(built.problem, choice):
         value = built.problem.values[item.value]
         for start, end in zip(item.start.tolist(), item.end.tolist(), strict=True):
@@ -126,6 +126,7 @@ def replicated_of(built: Built, choice: Choice) -> tuple[Replicated, ...]:
 
 def class_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[ClassRow, ...]:
     """Every class of the program under a plan, in program order."""
+    program, rules = in_turns(program, rules, plan.micro_batches)
     out = []
     for kind in collect(program, rules, plan.sizes, plan.inputs).values():
         label = plan.choices.get(kind.name, " ".join(kind.strategies[0]))
@@ -141,6 +142,7 @@ def conversion_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> 
     from .solve import choices_to_strategies
 
     conv = Conversions(plan.links(), plan.random_costs)
+    program, rules = in_turns(program, rules, plan.micro_batches)
     names = classes(program, {**end_rules(program, plan.inputs), **rules})
     rows: dict[tuple, list] = {}
     again = regathered(program, names, plan.regather)

@@ -19,6 +19,8 @@ def graph_hash(program: Program) -> str:
 
     Node names, source lines, module paths and devices do not enter; the values of constants do.
     """
+    if program.micro:
+        return program.micro.graph_hash
     numbers: dict[fx.Node, int] = {}
     lines: list[str] = []
     calls: dict[tuple, _Line] = {}

@@ -207,7 +207,7 @@ class _Run:
         largest = max((magnitude(w) for o, w in zip(outputs, expected, strict=True) if o.role == "grad"), default=0.0)
         weak = 0.0 if exact or self.weak is None else tolerance(self.weak)
         rows: list[Row] = []
-        for out, spec, want, have in zip(outputs, lowered.expects["output"], expected, found, strict=True):
+        for out, spec, want, have in zip(outputs, lowered.results, expected, found, strict=True):
             limit = tolerance(want.dtype)
             error = worst(_errors(want, have, spec, self.plan.sizes, largest if out.role == "grad" else 0.0))
             rows.append(Row(step, KINDS[out.role], out.name, error, max(limit, weak if limit else 0.0)))

@@ -14,7 +14,7 @@ from ..ir.spec import Spec, parse_spec
 from ..rules.algebra import Rule
 from ..rules.bind import bind_program
 from ..runtime import simulate
-from ..runtime.collectives import bucket, move
+from ..runtime.collectives import BUCKETS, MOVES, sender, wait
 from ..solver.solve import choices_to_strategies
 from .case import Case, Given, Ref, Step, Wanted
 from .locate import Difference, origin_of
@@ -93,7 +93,8 @@ class _Cutter:
         """The layouts to which the value is converted somewhere."""
         out = {}
         for node in self.lowered.graph.nodes:
-            last = node.target is move and any(u.target is not move for u in node.users)
+            users = [t for u in node.users for t in (u.users if u.target is wait else (u,))]
+            last = node.target in MOVES and any(u.target not in MOVES for u in users)
             if last and origin_of(node, self.truth) == (self.found.origin, self.found.index):
                 spec = replace(parse_spec(node.args[4]), dtype=self._value(self.origin, self.found.index).dtype)
                 out[str(spec)] = Wanted(self.found.origin, self.found.index, str(spec))
@@ -109,7 +110,7 @@ class _Cutter:
         return out
 
     def _is_bucketed(self) -> bool:
-        return any(n.target is bucket for n in self.lowered.graph.nodes) and bool(self._ends())
+        return any(n.target in BUCKETS for n in self.lowered.graph.nodes) and bool(self._ends())
 
     def _bucket(self) -> Case:
         """All gradients that travel in buckets, as they are before, and the parameters whose they are."""
@@ -117,7 +118,7 @@ class _Cutter:
         wanted: list[Wanted] = []
         ends = next(n for n in self.lowered.graph.nodes if n.op == "output")
         for end, node in zip(self.program.outputs, tensor_args(ends), strict=True):
-            if end.role != "grad" or source(node)[0].target is not bucket:
+            if end.role != "grad" or sender(source(node)[0]).target not in BUCKETS:
                 continue
             name, index = origin_of(node, self.truth)
             ref = self._give(given, self.nodes[name], index)

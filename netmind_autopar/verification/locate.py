@@ -6,6 +6,7 @@ op is blamed only for more than its own *noise*: what becomes of the captured op
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +16,9 @@ from torch import Tensor, fx
 
 from ..ir.mesh import coordinates
 from ..ir.program import Program, is_getitem, op_name, source, tensor_args
-from ..ir.spec import Partial, Replicate, Spec, shard
+from ..ir.spec import Partial, Replicate, Shard, Spec, shard
 from ..runtime import simulate
-from ..runtime.collectives import bucket, move
+from ..runtime.collectives import BUCKETS, MOVES, STARTS, sender
 from ..runtime.offload import offload, prefetch, release
 from .judge import distance, magnitude, rank_errors, tolerance, wholes, worst
 from .sides import State, ranks
@@ -59,18 +60,21 @@ def first_difference(program: Program, lowered: Program, sizes: tuple[int, ...],
     truth: dict[str, Any] = dict(state)
     with torch.no_grad():
         results = simulate.reference(program, dict(state), lambda node, value: truth.__setitem__(node.name, value))
-    suspects: list[tuple[fx.Node, str, int, Tensor, list[Tensor], Spec]] = []
+    suspects: list[tuple[fx.Node, str, int, Tensor, list[Tensor], Spec, tuple[int, ...]]] = []
+    turns = Turns(lowered, sizes)
     reached: list[fx.Node] = []
     largest = max((magnitude(r) for r, o in zip(results, program.outputs, strict=True) if o.role == "grad"), default=0.0)
 
     def observe(node: fx.Node, locals_: simulate.PerRank) -> None:
         reached.append(node)
-        if node.target in (offload, release, prefetch):  # what they give is no tensor
+        if node.target in (offload, release, prefetch, *STARTS):  # what they give is no tensor
             return
-        if node.op == "call_function" and (not is_getitem(node) or source(node)[0].target is bucket) and node.target is not bucket:
+        joined = sender(source(node)[0]).target in BUCKETS
+        if node.op == "call_function" and joined == is_getitem(node):
             for origin, index, value, parts, spec in _pairs(node, locals_, lowered, truth):
-                if _errors(value, parts, spec, sizes, 0.01) is not None:
-                    suspects.append((node, origin, index, value, parts, spec))
+                for ranks_, spec_, mesh in turns.together(node, index, parts, spec):
+                    if _errors(value, ranks_, spec_, mesh, 0.01) is not None:
+                        suspects.append((node, origin, index, value, ranks_, spec_, mesh))
 
     trouble, found = "", []
     try:
@@ -78,32 +82,69 @@ def first_difference(program: Program, lowered: Program, sizes: tuple[int, ...],
     except Exception as error:
         trouble = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
     ends = next(n for n in lowered.graph.nodes if n.op == "output")
-    for out, end, want, have, spec in zip(program.outputs, tensor_args(ends), results, found, lowered.expects["output"], strict=False):
+    for out, end, want, have, spec in zip(program.outputs, tensor_args(ends), results, found, lowered.results, strict=False):
         origin, index = source(program.node(out.node))
-        suspects.append((end, origin.name, index, want, have, spec))
+        suspects.append((end, origin.name, index, want, have, spec, sizes))
     for strictness in (1.0, 0.01):
-        for node, origin, index, value, parts, spec in suspects:
-            errors = _errors(value, parts, spec, sizes, strictness)
-            if errors is not None and not _is_noise(program, origin, index, truth, value, parts, spec, sizes, largest):
+        for node, origin, index, value, parts, spec, mesh in suspects:
+            errors = _errors(value, parts, spec, mesh, strictness)
+            if errors is not None and not _is_noise(program, origin, index, truth, value, parts, spec, mesh, largest):
                 limit = strictness * tolerance(value.dtype)
-                wrong = tuple(r for r, e in enumerate(errors) if not e <= limit)
+                wrong = tuple(sorted({r % math.prod(sizes) for r, e in enumerate(errors) if not e <= limit}))
                 report = _described(program, node, origin, index, str(spec), wrong, worst(errors))
-                return replace(report, expected=tuple(_expected(value, spec, sizes)), found=tuple(_combined(parts, spec, sizes)))
+                return replace(report, expected=tuple(_expected(value, spec, mesh)), found=tuple(_combined(parts, spec, mesh)))
     if trouble:
         order = [n for n in lowered.graph.nodes if n.op in ("call_function", "get_attr")]
-        node = order[len(reached)]
+        node = order[min(len(reached), len(order) - 1)]  # at the end: something is still on its way
         origin, index = origin_of(node, truth)
         return _described(program, node, origin, index, str(lowered.specs.get(node.name, "")), (), float("inf"), trouble)
     return None
 
 
+class Turns:
+    """What the micro-batches of a program make, seen as ranks of one more mesh axis, the outermost."""
+
+    def __init__(self, lowered: Program, sizes: tuple[int, ...]) -> None:
+        self.count, self.sizes = lowered.turns, sizes
+        self.held: dict[tuple[fx.Node, int], list[Tensor]] = {}
+
+    def together(self, node: fx.Node, index: int, parts: list[Tensor], spec: Spec) -> list[tuple[list[Tensor], Spec, tuple[int, ...]]]:
+        """(local tensors, spec, mesh) of a value: at once without micro-batches, else when its last turn has come; else none."""
+        if self.count == 1:
+            return [(parts, spec, self.sizes)]
+        held = self.held.setdefault((node, index), [])
+        held += parts
+        whole = _of_all_turns(node, index, spec, self.count)
+        return [(held, whole, (self.count, *self.sizes))] if whole is not None and len(held) == self.count * len(parts) else []
+
+
+def _of_all_turns(node: fx.Node, index: int, spec: Spec, count: int) -> Spec | None:
+    """The spec of all micro-batches' values, the placement along them first; None where the dims are seen as other parts."""
+    while "turn" not in node.meta:
+        if is_getitem(node) and sender(source(node)[0]).target in BUCKETS:
+            node = sender(source(node)[0]).args[0][source(node)[1]]  # type: ignore[index,assignment]
+        elif node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        else:
+            return spec.with_placements([Replicate(), *spec.placements])
+    found = node.meta["turn"]
+    (placement,) = (found[index] if isinstance(found, tuple) else found).placements
+    dims = [list(parts) for parts in spec.dims]
+    if isinstance(placement, Shard):
+        if placement.part >= len(dims[placement.dim]):
+            return None
+        dims[placement.dim][placement.part] *= count
+    return Spec(tuple(map(tuple, dims)), spec.dtype, (placement, *spec.placements))
+
+
 def _described(
     program: Program, node: fx.Node, origin: str, index: int, spec: str, wrong: tuple[int, ...], error: float, trouble: str = ""
 ) -> Difference:
-    if node.target is move:
-        what = f"{node.args[1]} over axis {node.args[2]}"
-    elif source(node)[0].target is bucket:
-        what = f"bucketed all_reduce over axis {source(node)[0].args[1]}"
+    sent = sender(source(node)[0])
+    if sent.target in MOVES:
+        what = f"{sent.args[1]} over axis {sent.args[2]}"
+    elif sent.target in BUCKETS:
+        what = f"bucketed all_reduce over axis {sent.args[1]}"
     else:
         what = op_name(node) if node.op == "call_function" else f"{node.name}, given instead"
     made: dict[str, Any] = next((n.meta for n in program.graph.nodes if n.name == origin), {})
@@ -137,8 +178,8 @@ def origin_of(node: fx.Node, known: Mapping[str, Any]) -> tuple[str, int]:
     while True:
         if is_getitem(node):
             producer, position = source(node)
-            if producer.target is bucket:
-                node = producer.args[0][position]  # type: ignore[index,assignment]
+            if sender(producer).target in BUCKETS:
+                node = sender(producer).args[0][position]  # type: ignore[index,assignment]
                 continue
             node, index = producer, position
         if node.meta.get("again") in known:  # runs again in backward what its original did
