@@ -49,6 +49,7 @@ Bytes = Annotated[int, Field(ge=0)]
 
 T = TypeVar("T")
 ALL = "*"
+STATE_BUCKET_BYTES = 1 << 27  # of optimizer state that waits elsewhere, what is on the device at a time; a larger one comes alone
 _ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?:(?P<what>optimizer):)?(?P<name>[^:]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
@@ -210,6 +211,7 @@ class Plan(_Part):
     """What the solver decided and what it proved. `solve_s` and `alternatives` tell how it was found and are not part of the file.
 
     gib_worth_s: by how many seconds one more GiB per device would shorten the step, at the margin and under these shardings.
+    overlap: collectives travel while ops run; False runs each where it is needed.
     """
 
     format: Literal["netmind-autopar-plan"] = "netmind-autopar-plan"
@@ -223,6 +225,7 @@ class Plan(_Part):
     memory_limit_bytes: Bytes | None = None
     optimizer: str = "adamw"
     choices: dict[str, str]
+    micro_batches: int = Field(default=1, ge=1)
     recompute: tuple[str, ...] = ()
     regather: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
@@ -236,6 +239,7 @@ class Plan(_Part):
     status: Literal["optimal", "feasible", "given"] = "given"
     solver: str = ""
     random_costs: int | None = None
+    overlap: bool = True
     _solve_s: float = PrivateAttr(default=0.0)
     _alternatives: tuple[Alternative, ...] = PrivateAttr(default=())
 

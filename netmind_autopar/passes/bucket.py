@@ -27,7 +27,7 @@ def bucket_gradients(program: Program, context: Lowering) -> Program:
         return program
     with program.edit() as new:
         nodes = {node.name: node for node in new.graph.nodes}
-        for (axis, op, _), names in groups:
+        for (axis, op, *_), names in groups:
             if len(names) > 1:
                 _join(new, [nodes[name] for name in names], axis, op)
     return new.program
@@ -43,10 +43,10 @@ def _buckets(program: Program, sizes: tuple[int, ...]) -> list[tuple[tuple, list
     out: list[tuple[tuple, list[str]]] = []
     for node in program.graph.nodes:
         waited_for = roles.get(node) != {"grad"} or any(user.op != "output" for user in node.users)
-        if node.target is not move or node.args[1] != "all_reduce" or node.meta["phase"] != "backward" or waited_for:
+        if node.target is not move or node.args[1] != "all_reduce" or node.meta["phase"] == "forward" or waited_for:
             continue
         spec = parse_spec(node.args[3])
-        key = (node.args[2], spec.placements[node.args[2]].op, spec.dtype)
+        key = (node.args[2], spec.placements[node.args[2]].op, spec.dtype, node.meta["phase"])
         names, size = open_.pop(key, ([], 0))
         names, size = [*names, node.name], size + local_bytes(spec, sizes)
         if size >= BUCKET_BYTES:
@@ -65,8 +65,9 @@ def _join(new: Draft, members: list[fx.Node], axis: int, op: str) -> None:
         "val": tuple(m.meta["val"] for m in members),
         "where": "",
         "module": "",
-        "phase": "backward",
+        "phase": members[0].meta["phase"],
         "specs": tuple(m.args[3] for m in members),
+        "seconds": sum(m.meta["seconds"] for m in members),
     }
     new.expects[joined.name] = specs
     new.specs[joined.name] = tuple(parse_spec(m.args[4]) for m in members)

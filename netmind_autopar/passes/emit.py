@@ -2,14 +2,19 @@
 
 The file defines `build(place)`. It binds what differs from rank to rank (collectives, local sizes, device) and returns
 `forward(*inputs) -> (results, saved)` and `backward(saved, *tangents) -> gradients`. Every name is deleted after its last use,
-so that memory is freed when the plan says so.
+so that memory is freed when the plan says so. A collective that travels while other ops run is two lines: `a = gather_0.start(x)`
+and `y = a.wait()`.
+
+Of a program in micro-batches, `backward(saved, total, *tangents)` gives each gradient away as it is made, `total(i, gradient)`, and
+`finish(*totals) -> gradients` does what comes after the last micro-batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,8 +24,9 @@ from ..ir.errors import GraphError
 from ..ir.local import Local
 from ..ir.plan import Plan
 from ..ir.program import Program, is_getitem, source, tensor_args
-from ..runtime.collectives import bucket, move
+from ..runtime.collectives import BUCKETS, MOVES, STARTS, wait
 from ..runtime.offload import MARKS
+from .defer import FINISH
 
 HEADER = '''"""Emitted by netmind-autopar. Mesh {mesh}, plan {plan}, graph {graph}. One file for every rank."""
 
@@ -64,13 +70,15 @@ def emit(program: Program, plan: Plan, *, inference: bool = False) -> str:
     inputs = [program.node(i.node) for i in program.inputs if i.role != "tangent"]
     tangents = [program.node(i.node) for i in program.inputs if i.role == "tangent"]
     parts = [_function("forward", inputs, forward, results, kept, writer, program)]
-    if not inference:
+    if not inference and program.micro:
+        parts += _in_turns(kept, tangents, backward, grads, writer, program)
+    elif not inference:
         parts.append(_backward(kept, tangents, backward, grads, writer, program))
     tiers = "\nfrom netmind_autopar.runtime import offload as tiers" if any(n.target in MARKS for n in forward) else ""
     mesh = ",".join(f"{a.name}={a.size}" for a in plan.mesh)
     head = HEADER.format(mesh=mesh, plan=plan.hash(), graph=plan.graph_hash, tiers=tiers)
     bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
-    names = "forward" if inference else "forward, backward"
+    names = "forward" if inference else "forward, backward, finish" if program.micro else "forward, backward"
     return "\n".join(
         [
             head,
@@ -106,6 +114,7 @@ def saved_nodes(program: Program, forward: Sequence[fx.Node], backward: Sequence
     early = {*forward, *(program.node(i.node) for i in program.inputs if i.role != "tangent")}
     takers = [*backward]
     grads = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad"]
+    grads = unfinished(program, [n for n in grads if n is not None]) if program.micro else grads
     wanted = {a for node in takers for a in tensor_args(node)} | {n for n in grads if n is not None}
     return [n for n in program.graph.nodes if n in early and n in wanted and not isinstance(n.meta["val"], (tuple, list))]
 
@@ -146,12 +155,52 @@ def _backward(
     return "\n".join([*lines, ""])
 
 
+def unfinished(program: Program, grads: Sequence[fx.Node]) -> list[fx.Node]:
+    """What a micro-batch gives for these gradients, each once, in order: what the phase "finish" starts from."""
+    finish = _finish(program)
+    made = dict.fromkeys(a for node in finish for a in tensor_args(node) if a not in finish)
+    return [*made, *(n for n in dict.fromkeys(grads) if n not in finish and n not in made)]
+
+
+def _finish(program: Program) -> dict[fx.Node, None]:
+    return dict.fromkeys(n for n in program.graph.nodes if n.meta.get("phase") == FINISH)
+
+
+def _in_turns(
+    kept: Sequence[fx.Node],
+    tangents: Sequence[fx.Node],
+    body: Sequence[fx.Node],
+    grads: Sequence[fx.Node],
+    writer: _Writer,
+    program: Program,
+) -> list[str]:
+    """`backward` and `finish` of a program in micro-batches."""
+    given = unfinished(program, grads)
+    sends = {node: f"        total({i}, {node.name})" for i, node in enumerate(given)}
+    lines = [f"    def backward({', '.join(['saved', 'total', *(n.name for n in tangents)])}):"]
+    if kept:
+        lines += [f"        ({_tuple(kept)}) = saved", "        saved.clear()"]
+    lines += [sends[n] for n in (*kept, *tangents) if n in sends]
+    lines += _body(body, [], writer, program, [*kept, *tangents], sends)
+    done = [f"    def finish({', '.join(n.name for n in given)}):"]
+    done += _body(list(_finish(program)), grads, writer, program, given)
+    done.append(f"        return ({_tuple(grads)})")
+    return ["\n".join([*lines, ""]), "\n".join([*done, ""])]
+
+
 def _tuple(nodes: Iterable[fx.Node]) -> str:
     return "".join(f"{n.name}, " for n in nodes).rstrip(" ")
 
 
-def _body(body: Sequence[fx.Node], kept: Sequence[fx.Node], writer: _Writer, program: Program, given: Sequence[fx.Node]) -> list[str]:
-    """One line per op, one `del` after the last use of each name."""
+def _body(
+    body: Sequence[fx.Node],
+    kept: Sequence[fx.Node],
+    writer: _Writer,
+    program: Program,
+    given: Sequence[fx.Node],
+    after: Mapping[fx.Node, str] = MappingProxyType({}),
+) -> list[str]:
+    """One line per op, one `del` after the last use of each name. after: a line more behind that of an op."""
     inside, last = set(body), {}
     for node in body:
         for arg in tensor_args(node):
@@ -171,6 +220,7 @@ def _body(body: Sequence[fx.Node], kept: Sequence[fx.Node], writer: _Writer, pro
         if node not in last and node not in keep:
             dead = [*dead, node.name]
         lines.append(f"        {node.name} = {_call(node, writer)}{_comment(node, program)}")
+        lines += [after[node]] if node in after else []
         if dead:
             lines.append(f"        del {', '.join(dead)}")
     return lines
@@ -190,14 +240,17 @@ def _call(node: fx.Node, writer: _Writer) -> str:
         return writer.bind("constant", f"place.constant({node.target!r})")
     if is_getitem(node):
         return f"{_text(node.args[0], writer)}[{node.args[1]}]"
-    if node.target is move:
+    if node.target is wait:
+        return f"{_text(node.args[0], writer)}.wait()"
+    start = ".start" if node.target in STARTS else ""
+    if node.target in MOVES:
         x, kind, axis, before, after = node.args
-        return f"{writer.bind(kind, f'place.move({kind!r}, {writer.axes[axis]!r}, {before!r}, {after!r})')}({x.name})"
-    if node.target is bucket:
+        return f"{writer.bind(kind, f'place.move({kind!r}, {writer.axes[axis]!r}, {before!r}, {after!r})')}{start}({x.name})"
+    if node.target in BUCKETS:
         tensors, axis, op = node.args
         specs = ", ".join(repr(node.meta["specs"][i]) for i in range(len(tensors)))
         name = writer.bind("bucket", f"place.bucket({writer.axes[axis]!r}, {op!r}, [{specs}])")
-        return f"{name}([{', '.join(t.name for t in tensors)}])"
+        return f"{name}{start}([{', '.join(t.name for t in tensors)}])"
     if node.target in MARKS:
         return f"tiers.{node.target.__name__}({', '.join(_text(a, writer) for a in node.args)})"  # type: ignore[union-attr]
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -13,16 +13,20 @@ from ..ir.plan import Plan
 from ..ir.program import Program, source, tensor_args
 from ..ir.spec import Spec, same_layout
 from ..rules.algebra import Rule, Strategy
+from ..runtime.collectives import STARTS, wait
 from ..solver.conversions import end_rules, regathered
 from ..solver.fold import classes
-from ..solver.replay import offloaded, rewritten
+from ..solver.micro import in_turns
 from ..solver.parking import parked
+from ..solver.replay import offloaded, rewritten
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
+from .defer import defer_reductions
 from .dense import make_dense
 from .localize import localize
 from .offload import offload_values
 from .reshard import insert_reshards
+from .schedule import schedule_collectives
 
 
 @dataclass(frozen=True)
@@ -45,22 +49,25 @@ PASSES: tuple[Pass, ...] = (
     insert_reshards,  # then every edge whose two specs differ gets its collectives
     make_dense,  # what arrives at an op, moved or not, is dense where the op reads it so
     offload_values,  # then values are sent away as they lie, and backward's moves take what comes back
-    bucket_gradients,  # last: only now the gradients' all-reduces stand in the graph
+    defer_reductions,  # gradients of micro-batches are added up before they are reduced
+    bucket_gradients,  # only now the gradients' all-reduces stand in the graph
+    schedule_collectives,  # last: every collective and everything that can run meanwhile has its place
 )
 
 
 def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
+    program, rules = in_turns(program, rules, plan.micro_batches)
     strategies = choices_to_strategies(program, rules, plan)
     rules = {**end_rules(program, plan.inputs), **rules}
     names = classes(program, rules)
     away = offloaded(program, plan.offload, names)
     again = regathered(program, names, plan.regather)
+    parked(program, plan.state, names)  # the runtime's business: here only whether the entries mean something
     new = rewritten(program, rules, names, plan.recompute)
     strategies |= {twin: strategies[original] for twin, original in new.twins.items()}
     conversions = Conversions(plan.links(), plan.random_costs)
     return run_passes(new.program, Lowering(plan, new.rules, strategies, conversions, plan.sizes, again, away))
-    parked(program, plan.state, names)  # the runtime's business: here only whether the entries mean something
 
 
 def run_passes(program: Program, context: Lowering) -> Program:
@@ -82,6 +89,8 @@ def check(program: Program, sizes: tuple[int, ...], *, edges: bool = True) -> No
     for node in program.graph.nodes:
         if node.op in ("placeholder", "call_function") and source(node)[0] is node and node.name not in program.specs:
             raise GraphError(f"no spec for {node.name}", where=node.meta.get("where", ""))
+        if node.target in STARTS:
+            _check_waited(node)
         if not edges or (node.op != "output" and source(node)[0] is not node):
             continue
         expected = program.expects.get(node.name, ())
@@ -92,6 +101,17 @@ def check(program: Program, sizes: tuple[int, ...], *, edges: bool = True) -> No
             have = spec_of(program.specs, arg)
             if have is None or have.dtype != want.dtype or not same_layout(have, want, sizes):
                 raise GraphError(f"{node.name} expects {arg.name} as {want}, it is {have}", where=node.meta.get("where", ""))
+
+
+def _check_waited(node) -> None:
+    """A collective that is started is waited for once, in the same phase, before anything takes it."""
+    where, waits = node.meta.get("where") or "", [u for u in node.users if u.target is wait]
+    if other := next((u for u in node.users if u.target is not wait), None):
+        raise GraphError(f"{other.name} takes {node.name} before it was waited for", where=where)
+    if len(waits) != 1:
+        raise GraphError(f"{node.name} is started and waited for {len(waits)} times", where=where)
+    if waits[0].meta["phase"] != node.meta["phase"]:
+        raise GraphError(f"{node.name} is started in {node.meta['phase']} and waited for in {waits[0].meta['phase']}", where=where)
 
 
 def spec_of(specs: Mapping[str, Spec | tuple[Spec | None, ...]], node) -> Spec | None:

@@ -23,6 +23,7 @@ from .dtensors import as_dtensor, torch_placements
 from .parked import park
 from .place import Place, load
 from .reach import reached
+from .turns import Turns
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Executable:
     mode: str
     reached: tuple[frozenset[int], ...]  # of each gradient: the outputs whose gradient enters into it
     parked: Mapping[str, str]  # parameters whose optimizer state waits between steps elsewhere, and where
+    turns: int = 1
+    joins: tuple[str, ...] = ()  # of micro-batches, see `ir.program.Micro`
 
     @classmethod
     def of(
@@ -61,7 +64,7 @@ class Executable:
             lowered.inputs,
             lowered.outputs,
             specs,  # type: ignore[arg-type]
-            lowered.expects["output"],
+            lowered.results,
             lowered.signature,
             lowered.constants,
             lowered.tied,
@@ -69,6 +72,8 @@ class Executable:
             lowered.mode,
             reached(lowered),
             parked or {},
+            lowered.turns,
+            lowered.micro.joins if lowered.micro else (),
         )
 
 
@@ -89,8 +94,12 @@ class ParallelModule(nn.Module):
         self._place = Place(plan.axis_names, sizes, coord, device, ProcessWire(groups, sizes, coord), executable.constants)
         self._forward: Callable[..., Any] | None = None
         self._infer: Callable[..., Any] | None = None
+        self._turns: Turns | None = None
         if executable.mode == "inference":
             self._infer = load(executable.source, self._place, "inference")
+        elif executable.turns > 1:
+            self._turns = self._in_turns(executable.source)
+            self._forward = self._turns.step
         else:
             self._forward, self._backward = load(executable.source, self._place)
         self._shared: dict[bool, list[list[int]]] = {}
@@ -137,6 +146,12 @@ class ParallelModule(nn.Module):
         For a cache that stays split from call to call: give it to the first call so, and what comes back to the next.
         """
         return self._executable.signature.rebuild(list(infer.shard_inputs(self, args, kwargs)))
+
+    def _in_turns(self, source: str, *, inference: bool = False) -> Turns:
+        """The emitted functions of every micro-batch."""
+        e = self._executable
+        joins = [join for join, out in zip(e.joins, e.outputs, strict=True) if out.role != "grad"]
+        return Turns(source, self._place, e.turns, joins, inference=inference)
 
     def _keep_from_changing(self, buffers: Sequence[Tensor], values: list[Tensor], saved: list[Tensor]) -> None:
         """Copy results and saved values that share memory with a buffer which this step writes: they mean its old value.
@@ -260,8 +275,14 @@ class _Step(torch.autograd.Function):
         ctx.pm = pm
         training = any(ctx.needs_input_grad)
         if not training and pm._infer is None:
-            pm._infer = load(pm._executable.inference_source(), place, "inference")
-        values, saved = (pm._forward if training else pm._infer)(*locals_)  # type: ignore[misc]
+            source = pm._executable.inference_source()
+            pm._infer = load(source, place, "inference") if pm._turns is None else pm._in_turns(source, inference=True).infer
+        if training and pm._turns:  # all of the step but the factor that only backward knows
+            ones = [torch.ones((), dtype=spec.dtype, device=place.device) for _, spec in roles.tangents]
+            values, ctx.gradients = pm._turns.step(locals_, ones)
+            saved: Any = []
+        else:
+            values, saved = (pm._forward if training else pm._infer)(*locals_)  # type: ignore[misc]
         values, saved = list(values), list(saved)
         pm._keep_from_changing([locals_[k] for k in roles.changed], values, saved)
         if training:
@@ -298,7 +319,11 @@ class _Step(torch.autograd.Function):
         tangents = _tangents(pm, grads)
         given = [*tangents, *(t._local_tensor if isinstance(t, DTensor) else t for t in ctx.owners)]
         saved, ctx.saved, ctx.versions, ctx.owners = ctx.saved, None, None, ()
-        results = _owned(pm._backward(saved, *tangents), given)
+        if pm._turns:
+            results, ctx.gradients = _owned(ctx.gradients, given), ()
+            torch._foreach_mul_(results, tangents[0])
+        else:
+            results = _owned(pm._backward(saved, *tangents), given)
         out: list[Tensor | None] = [None] * len(roles.leading)
         arrived = {o.index for o, g in zip(roles.results, grads, strict=True) if o.role == "output" and g is not None}
         for slot, grad, behind in zip(roles.grad_slots, results, roles.reached, strict=True):

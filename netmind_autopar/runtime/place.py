@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.local import Local
+from ..ir.local import ONE, Local
 from ..ir.spec import local_shape, parse_spec
-from .collectives import LOCAL_KINDS, ProcessWire, bucket_stage, stage
+from .collectives import LOCAL_KINDS, Collective, ProcessWire, bucket_stage, stage
 
 
 class Place:
@@ -25,8 +25,10 @@ class Place:
         device: torch.device,
         wire: ProcessWire,
         constants: Mapping[str, Tensor],
+        turn: tuple[int, int] = ONE,
     ) -> None:
         self.axes, self.sizes, self.coord, self.device, self.wire = tuple(axes), sizes, coord, device, wire
+        self.turn = turn
         self._constants = {name: t.to(device) for name, t in constants.items()}
 
     def move(self, kind: str, axis: str, before: str, after: str) -> Callable[[Tensor], Tensor]:
@@ -34,17 +36,21 @@ class Place:
         step = stage(kind, self.axes.index(axis), before, after, self.sizes, self.coord)
         if kind in LOCAL_KINDS:
             return step.pack
-        return lambda x: step.unpack(self.wire.carry(step, step.pack(x)))
+        return Collective(self.wire, step, step.unpack)
 
     def bucket(self, axis: str, op: str, specs: Sequence[str]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
         """One all-reduce of several tensors, bound to this device."""
         shapes = tuple(local_shape(parse_spec(s), self.sizes, self.coord) for s in specs)
         step, unbundle = bucket_stage(shapes, self.axes.index(axis), op)
-        return lambda tensors: unbundle(self.wire.carry(step, step.pack(tensors)))
+        return Collective(self.wire, step, unbundle)
 
     def local(self, what: str, spec: str, parts: tuple[int, ...], times: int, repeat: int) -> Any:
-        """A number, or list of numbers, that depends on the rank."""
-        return Local(what, spec, parts, times, repeat).at(self.sizes, self.coord)
+        """A number, or list of numbers, that depends on the rank and the micro-batch."""
+        return Local(what, spec, parts, times, repeat).at(self.sizes, self.coord, self.turn)
+
+    def turns(self, count: int) -> list[Place]:
+        """This device's place in each of `count` micro-batches."""
+        return [Place(self.axes, self.sizes, self.coord, self.device, self.wire, self._constants, (count, t)) for t in range(count)]
 
     def constant(self, name: str) -> Tensor:
         """A constant tensor of the captured model."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .place import Place, load
+
 
 def join(how: str, pieces: Sequence[Tensor]) -> Tensor:
     """A result of the step from those of its micro-batches; see `ir.program.Micro`."""
@@ -18,3 +20,45 @@ def join(how: str, pieces: Sequence[Tensor]) -> Tensor:
     for piece in pieces[1:]:
         total = total + piece
     return total
+
+
+class Turns:
+    """The emitted functions of every micro-batch, run one after the other."""
+
+    def __init__(self, source: str, place: Place, count: int, joins: Sequence[str], *, inference: bool = False) -> None:
+        self.joins = tuple(joins)  # of all results but gradients
+        name = "inference" if inference else "emitted"
+        self.bound = [load(source, p, name) for p in place.turns(count)]
+
+    def infer(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """Results of a step whose emitted functions are forward alone; nothing is saved."""
+        return self._joined([forward(*inputs)[0] for forward in self.bound]), []
+
+    def step(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Results and gradients of a step, forward and backward of each micro-batch before the next one begins."""
+        results, sums = [], _Sums()
+        for forward, backward, _ in self.bound:
+            made, saved = forward(*inputs)
+            results.append(made)
+            backward(saved, sums.add, *tangents)
+        return self._joined(results), self.bound[0][2](*sums.tensors)
+
+    def _joined(self, results: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        return tuple(join(how, pieces) for how, *pieces in zip(self.joins, *results, strict=True))
+
+
+class _Sums:
+    """Gradients added up. The first of each is copied: it may be memory that is not its own."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Tensor] = {}
+
+    def add(self, i: int, gradient: Tensor) -> None:
+        if i in self.found:
+            self.found[i] += gradient
+        else:
+            self.found[i] = gradient.clone(memory_format=torch.contiguous_format)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.found[i] for i in range(len(self.found))]

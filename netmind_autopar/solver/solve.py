@@ -16,7 +16,7 @@ from ..ir.program import Program
 from ..rules.algebra import Rule, Strategy, is_legal, strategies
 from ..tracer.hash import graph_hash as hash_of
 from . import milp
-from .build import Built, trained_parameters
+from .build import Built
 from .conversions import end_rules
 from .explain import collectives_of, cost_of, replicated_of
 from .fold import classes
@@ -113,7 +113,7 @@ def assemble(
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
     assert found.choice is not None
-    cost = cost_of(built, found.choice, trained_parameters(program), optimizer_states(optimizer), waits_s)
+    cost = cost_of(built, found.choice, waits_s)
     bound = max(0.0, min(found.bound, cost.step_s))
     choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
     return Plan(
@@ -124,6 +124,7 @@ def assemble(
         optimizer=optimizer,
         inputs=inputs,
         choices=choices,
+        micro_batches=program.turns,
         recompute=recompute,
         regather=regather,
         offload=offload,
