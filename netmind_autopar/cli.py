@@ -1,4 +1,4 @@
-"""The command line: netmind-autopar plan | explain | diff | verify | mesh | clusters.
+"""The command line: netmind-autopar plan | explain | diff | verify | calibrate | mesh | clusters.
 
 Exit codes: 0 done; 1 `verify` or `diff` found a difference; 2 bad input, told on stderr as what, where, why and what to try;
 3 a defect of this package; 130 interrupted.
@@ -75,6 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), help="compute in another dtype than the model file's")
     sub.add_argument("--as-given", action="store_true", help="no noise on parameters and inputs (it shows what ones and zeros hide)")
     sub.add_argument("--repro", metavar="DIR", help="when they differ: make the case small and write repro.py and plan.json there")
+
+    sub = command("calibrate", run_calibrate, "measure this machine and write a profile for `--cluster`, in at most two minutes")
+    sub.add_argument("--out", default="calibrated.json", metavar="FILE.json", help="the profile to write (calibrated.json)")
+    sub.add_argument("--ranks", type=_positive, metavar="N", help="processes that measure at once: as many as will train (a device each)")
+    sub.add_argument("--seconds", type=_seconds, default=90.0, metavar="S", help="about how long it may take (90)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="the order of measuring, and which points judge the fit (0)")
 
     sub = command("mesh", run_mesh, "show the axes and links of a mesh")
     sub.add_argument("mesh", metavar="MESH", help="axes and sizes, outermost first: dp=2,tp=4")
@@ -285,6 +291,26 @@ def _in_dtype(loaded: modelfile.Loaded, plan: Plan, dtype: str) -> tuple[modelfi
     choices_to_strategies(program, bind_program(program), plan)
     other = modelfile.cast(loaded, dtype)
     return other, plan.model_copy(update={"graph_hash": graph_hash(capture(other.model, other.inputs, mode=plan.mode))})
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    from rich.progress import Progress
+
+    from .calibrate.run import calibrate, check_writable, save
+    from .calibrate.show import calibration_report
+
+    check_writable(args.out)
+    with Progress(console=report.console(sys.stderr), transient=True, disable=not sys.stderr.isatty()) as shown:
+        bar = shown.add_task("starting", total=1.0)
+        profile = calibrate(
+            ranks=args.ranks,
+            seconds=args.seconds,
+            seed=args.seed,
+            say=lambda what, part: shown.update(bar, description=what, completed=part),
+        )
+    save(profile, args.out)
+    _show(calibration_report(profile, args.out))
+    return OK
 
 
 def run_mesh(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .costs.device import ClusterProfile
+from .costs.device import ClusterProfile, error_band
 from .ir.mesh import Mesh
 from .ir.plan import Alternative, Cost, Plan
 from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
@@ -127,7 +127,7 @@ def _header(plan: Plan, title: str) -> RenderableType:
     grid.add_column(overflow="fold")
     grid.add_row("plan", Text(title or plan.graph_hash, style="bold") + Text(f" on {devices} device{'s' * (devices > 1)}"))
     grid.add_row("mesh", f"{axes} ({plan.cluster})")
-    grid.add_row("step", Text(seconds(plan.cost.step_s), style="bold") + Text(" predicted"))
+    grid.add_row("step", Text(seconds(plan.cost.step_s), style="bold") + Text(" predicted" + _band(plan)))
     limit = f" of {size(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ", no limit"
     grid.add_row("memory", Text(size(plan.cost.peak_bytes), style="bold") + Text(f" predicted peak per device{limit}"))
     for name, text in _proof(plan):
@@ -135,6 +135,12 @@ def _header(plan: Plan, title: str) -> RenderableType:
     if plan.random_costs is not None:
         grid.add_row("costs", Text(f"random, seed {plan.random_costs}: the seconds mean nothing", style="yellow"))
     return grid
+
+
+def _band(plan: Plan) -> str:
+    """`, ± 12%` where the cluster was calibrated and its profile is still there."""
+    band = error_band(plan.cluster, plan.cost.compute_s + plan.cost.recompute_s, plan.cost.communication_s)
+    return "" if band is None or plan.random_costs is not None else f", ± {band:.0%} (nine of ten single ops and collectives lie within)"
 
 
 def _proof(plan: Plan) -> list[tuple[str, str]]:
@@ -355,7 +361,7 @@ def clusters_report(profiles: Iterable[ClusterProfile]) -> Group:
             _digits(best / 1e12),
             str(p.node_size),
             _rate(p.links.intra.bandwidth_bytes_s),
-            _rate(p.links.inter.bandwidth_bytes_s),
+            _rate(p.links.inter.bandwidth_bytes_s) if p.links.inter else "—",
         )
     return _section("Clusters (TFLOP/s of bfloat16 or float16 where there is one; a node's devices; what one device can send)", table)
 

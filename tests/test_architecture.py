@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent / "netmind_autopar"
 PACKAGE = "netmind_autopar"
 FILES = sorted(ROOT.rglob("*.py"))
 
-# ir ← {rules, kernels, runtime} ← {tracer, costs} ← solver ← passes ← arguments ← api ← verification ← {report, modelfile} ← cli
+# ir ← {rules, kernels, runtime} ← {tracer, costs} ← solver ← passes ← arguments ← api ← {verification, calibrate} ←
+# {report, modelfile} ← cli
 LAYERS = (
     ("ir",),
     ("rules", "kernels", "runtime"),
@@ -23,7 +24,7 @@ LAYERS = (
     ("passes",),
     ("arguments",),
     ("api",),
-    ("verification",),
+    ("verification", "calibrate"),
     ("__init__",),
     ("wording",),
     ("report", "modelfile"),

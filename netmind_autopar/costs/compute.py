@@ -99,6 +99,11 @@ TINY_BYTES = 4096
 # Position of the operand of which only as much is read as comes out.
 _GATHERED = "embedding _embedding_bag embedding_bag index index_select gather nll_loss nll_loss_forward pick"
 GATHERED = dict.fromkeys(_GATHERED.split(), 0)
+# Calls with this argument have curves of their own, where they were measured: `gelu.approximate`.
+VARIANTS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("gelu", "gelu_backward"), ("approximate", "tanh")),
+    **dict.fromkeys(("attention", "attention_backward"), ("causal", True)),
+}
 ATTENTION_BACKWARD = 2.5  # five matmuls instead of two: FlashAttention-2 (Dao, 2023), section 4.1
 
 
@@ -224,6 +229,10 @@ class OpCost:
     late: str = ""  # the letter of rows of which a later block has more to do
     op: str = ""
 
+    def moved_bytes(self) -> int:
+        """Bytes that the whole op reads and writes."""
+        return int(self._bytes(self.sizes))
+
     def local_sizes(self, strategy: Strategy, axes: Sequence[Axis]) -> dict[str, int]:
         """Size of every letter on the fullest device."""
         return {letter: int(n[0]) for letter, n in self._local((strategy,), axes).items()}
@@ -260,11 +269,9 @@ class OpCost:
     def _measured(self, local: Mapping[str, np.ndarray], moved: np.ndarray, device: Device) -> np.ndarray | None:
         """Seconds from the device's curves, shape (strategies,); None where it has none for this op."""
         work = np.broadcast_to(self._flops(local, WHOLE), moved.shape) if self.flops else None
-        smallest = None
-        if self.matmul:
-            dims = [math.prod(local[letter] for letter in letters) for letters in self.matmul]
-            smallest = np.broadcast_to(np.minimum.reduce(dims), moved.shape)
-        return op_seconds(device, (self.op, self.kind), self.dtype, work, moved, smallest)
+        sizes = [math.prod(local[letter] for letter in letters) for letters in self.matmul or ()]
+        dims = [np.broadcast_to(n, moved.shape) for n in sizes]
+        return op_seconds(device, (self.op, self.op.partition(".")[0], self.kind), self.dtype, work, moved, dims)
 
     def _flops(self, local: Mapping[str, Any], reach: Efficiency) -> Any:
         """Of local sizes, numbers or arrays."""
@@ -324,8 +331,14 @@ def op_cost(node: fx.Node, rule: Rule) -> OpCost:
         _matmul_letters(name, rule),
         creates,
         late,
-        name,
+        f"{name}.{variant}" if (variant := _variant(node, name)) else name,
     )
+
+
+def _variant(node: fx.Node, name: str) -> str:
+    """What sets a call apart from others of its op in time; empty for most."""
+    argument, value = VARIANTS.get(name, ("", None))
+    return argument if argument and _argument(node, argument) == value else ""
 
 
 def _letters(term: Term) -> tuple[str, ...]:

@@ -16,7 +16,9 @@ from ..ir.mesh import Curve, Device
 Amount = TypeVar("Amount", float, np.ndarray)
 Points = tuple[tuple[float, float], ...]
 
-THIN = "thin"  # not seconds: how many times slower than its curve a matmul is, by 1 / the smallest of rows, columns and inner dim
+# Not seconds: how many times slower than its curve a matmul is that has few rows, few columns, or a short inner dim, by that size. The
+# worst of the three counts.
+THIN = ("thin.rows", "thin.columns", "thin.inner")
 
 
 def interpolate(points: Points, amount: Amount) -> Amount:
@@ -36,16 +38,12 @@ def find(curves: Sequence[Curve], kinds: Sequence[str], dtype: str) -> Curve | N
 
 
 def op_seconds(
-    device: Device,
-    kinds: Sequence[str],
-    dtype: str,
-    flops: np.ndarray | None,
-    moved: np.ndarray,
-    smallest: np.ndarray | None,
+    device: Device, kinds: Sequence[str], dtype: str, flops: np.ndarray | None, moved: np.ndarray, dims: Sequence[np.ndarray]
 ) -> np.ndarray | None:
     """Seconds of one op from the device's curves, or None where neither the op nor its class was measured.
 
-    kinds: the op's name, its class. flops: None for ops that are counted in bytes. moved: bytes. smallest: a matmul's smallest dim.
+    kinds: the op's name, its class. flops: None for ops that are counted in bytes. moved: bytes. dims: a matmul's rows, columns and inner
+    dim, or nothing.
     """
     curve = find(device.curves, kinds, dtype)
     if curve is None:
@@ -54,11 +52,20 @@ def op_seconds(
         return interpolate(curve.points, moved)
     rate = 1.0 if curve.dtype == dtype else device.flops(curve.dtype) / device.flops(dtype)
     out = interpolate(curve.points, flops) * rate
-    thin = find(device.curves, (THIN,), dtype)
-    if smallest is not None and thin is not None:
-        table = np.array(thin.points)
-        out = out * np.exp(np.interp(-np.log(np.maximum(smallest, 1)), np.log(table[:, 0]), np.log(table[:, 1])))
-    return np.maximum(out, moved / device.memory_bandwidth_bytes_s + device.launch_s)
+    if dims:
+        out = out * slower([find(device.curves, (kind,), dtype) for kind in THIN], dims)
+    passed = find(device.curves, ("elementwise",), dtype)  # no op is faster than one that only reads and writes the same bytes
+    return np.maximum(out, interpolate(passed.points, moved) if passed else moved / device.memory_bandwidth_bytes_s + device.launch_s)
+
+
+def slower(thin: Sequence[Curve | None], dims: Sequence[Amount]) -> Amount:
+    """How many times slower a matmul of these rows, columns and inner dim is than its curve; see THIN."""
+    worst: Amount = np.ones_like(dims[0], dtype=float)
+    for curve, size in zip(thin, dims, strict=True):
+        if curve is not None:
+            table = np.array(curve.points)
+            worst = np.maximum(worst, np.exp(np.interp(np.log(np.maximum(size, 1)), np.log(table[:, 0]), np.log(table[:, 1]))))
+    return worst
 
 
 def at_size(points: Points, measured: int, size: int, messages: int, latency_s: float) -> Points:

@@ -32,12 +32,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..ir.errors import MeshError, ProfileError
 from ..ir.jsontext import read_json
 from ..ir.mesh import Axis, Curve, Device, Mesh, check_rising, parse_axes
-from .curves import at_size, make
+from .curves import THIN, at_size, make
 from .presets import CLUSTERS, DEVICES, HOSTS, host_memory_bytes, match_name
 from .space import MESSAGES
 
@@ -69,11 +69,10 @@ class CurveProfile(_Part):
     group: int = Field(default=0, ge=0, le=2**20)
     points: list[Point] = Field(min_length=1, max_length=1000)
 
-    @field_validator("points")
-    @classmethod
-    def _rising(cls, points: list[list[float]]) -> list[list[float]]:
-        check_rising(points)
-        return points
+    @model_validator(mode="after")
+    def _rising(self) -> CurveProfile:
+        check_rising(self.points, falling=self.kind in THIN)
+        return self
 
     def curve(self) -> Curve:
         return Curve(self.kind, self.dtype, tuple((x, s) for x, s in self.points))

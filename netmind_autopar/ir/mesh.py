@@ -87,12 +87,12 @@ class Mesh:
         return ",".join(f"{axis.name}={axis.size}" for axis in self.axes)
 
 
-def check_rising(points: Sequence[Sequence[float]]) -> None:
-    """Raises ValueError unless amounts and seconds are positive, the amounts ascend and the seconds do not fall."""
+def check_rising(points: Sequence[Sequence[float]], *, falling: bool = False) -> None:
+    """Raises ValueError unless amounts and seconds are positive, the amounts ascend and the seconds do not fall (they may if `falling`)."""
     if not all(x > 0 and s > 0 for x, s in points):
         raise ValueError("a point that is not positive")
     for (x, s), (y, t) in itertools.pairwise(points):
-        if x >= y or s > t:
+        if x >= y or (s > t and not falling):
             raise ValueError("amounts must ascend, and seconds must not fall")
 
 

@@ -1,0 +1,1 @@
+"""Measure the present machine and write its profile: docs/calibrate.md."""
