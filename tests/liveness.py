@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from netmind_autopar.ir.local import resolve
 from netmind_autopar.ir.plan import Memory, Plan
 from netmind_autopar.ir.program import Program, is_getitem, tensor_args
 from netmind_autopar.ir.spec import Spec, local_bytes, local_shape, parse_spec
-from netmind_autopar.runtime.collectives import Stage, bucket, bucket_stage, move, stage
+from netmind_autopar.runtime.collectives import BUCKETS, MOVES, STARTS, Stage, bucket_stage, stage, wait
 from netmind_autopar.runtime.offload import MARKS
 
 
@@ -104,20 +104,41 @@ class _Walk:
             return _empty(self.program.constants[str(node.target)])
         if is_getitem(node):
             return env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if node.target is move:
-            x, kind, axis, before, after = node.args
-            step = stage(kind, axis, before, after, self.sizes, self.coord)  # type: ignore[arg-type]
-            return step.pack(env[x]) if step.wire is None else step.unpack(_carried(step, step.pack(env[x]), self.sizes))  # type: ignore[index]
-        if node.target is bucket:
-            tensors, axis, op = node.args
-            shapes = tuple(local_shape(parse_spec(s), self.sizes, self.coord) for s in node.meta["specs"])
-            step, unbundle = bucket_stage(shapes, axis, op)  # type: ignore[arg-type]
-            return unbundle(_carried(step, step.pack([env[t] for t in tensors]), self.sizes))  # type: ignore[union-attr, index]
+        if node.target is wait:
+            return env[node.args[0]].wait()  # type: ignore[index]
+        if node.target in MOVES or node.target in BUCKETS:
+            flight = (self.move if node.target in MOVES else self.bucket)(node, env)
+            return flight if node.target in STARTS else flight.wait()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         args, kwargs = resolve((args, kwargs), self.sizes, self.coord)
         if node.target not in MARKS and any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
             kwargs = {**kwargs, "device": "meta"}
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def move(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> _Flight:
+        x, kind, axis, before, after = node.args
+        step = stage(kind, axis, before, after, self.sizes, self.coord)  # type: ignore[arg-type]
+        packed = step.pack(env[x])  # type: ignore[index]
+        if step.wire is None:
+            return _Flight(step.unpack, packed)
+        return _Flight(step.unpack, _carried(step, packed, self.sizes), None if step.wire == "all_reduce" else packed)
+
+    def bucket(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> _Flight:
+        tensors, axis, op = node.args
+        shapes = tuple(local_shape(parse_spec(s), self.sizes, self.coord) for s in node.meta["specs"])
+        step, unbundle = bucket_stage(shapes, axis, op)  # type: ignore[arg-type]
+        return _Flight(unbundle, _carried(step, step.pack([env[t] for t in tensors]), self.sizes))  # type: ignore[union-attr, index]
+
+
+class _Flight:
+    """A collective on its way: what it fills, and what it reads (an all-reduce reads a copy, in which it reduces)."""
+
+    def __init__(self, unpack: Callable[[Tensor], Any], fills: Tensor, reads: Tensor | None = None) -> None:
+        self.unpack, self.fills, self.reads = unpack, fills, reads
+
+    def wait(self) -> Any:
+        unpack, fills, self.fills, self.reads = self.unpack, self.fills, None, None  # type: ignore[assignment]
+        return unpack(fills)
 
 
 def _carried(step: Stage, packed: Tensor, sizes: tuple[int, ...]) -> Tensor:

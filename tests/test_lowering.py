@@ -14,7 +14,7 @@ from netmind_autopar.ir.spec import local_bytes, local_shape, parse_spec
 from netmind_autopar.passes.bucket import bucket_gradients
 from netmind_autopar.passes.emit import emit
 from netmind_autopar.passes.pipeline import check, lower
-from netmind_autopar.runtime.collectives import LOCAL_KINDS, bucket, move, sent_bytes, stage
+from netmind_autopar.runtime.collectives import BUCKETS, LOCAL_KINDS, MOVES, sent_bytes, stage
 
 
 def emitted_bytes(lowered, sizes: tuple[int, ...]) -> Counter:
@@ -22,13 +22,13 @@ def emitted_bytes(lowered, sizes: tuple[int, ...]) -> Counter:
     found: Counter = Counter()
     coord = next(iter(coordinates(sizes)))
     for node in lowered.graph.nodes:
-        if node.target is move and node.args[1] not in LOCAL_KINDS:
+        if node.target in MOVES and node.args[1] not in LOCAL_KINDS:
             _, kind, axis, before, after = node.args
             step = stage(kind, axis, before, after, sizes, coord)
             spec = parse_spec(before)
             packed = step.pack(torch.empty(local_shape(spec, sizes, coord), dtype=spec.dtype))
             found[kind, axis, node.meta["phase"]] += sent_bytes(kind, packed, sizes[axis], step.send, 0)
-        elif node.target is bucket:
+        elif node.target in BUCKETS:
             total = sum(local_bytes(parse_spec(s), sizes) for s in node.meta["specs"])
             found["all_reduce", node.args[1], "backward"] += 2 * total * (sizes[node.args[1]] - 1) // sizes[node.args[1]]
     return found
@@ -56,7 +56,7 @@ def test_a_broken_spec_is_caught() -> None:
     _, _, program, rules, _ = captured("gpt2", torch.float64)
     lowered = lower(program, rules, plan)
     check(lowered, plan.sizes)
-    name = next(n.name for n in lowered.graph.nodes if n.target is move)
+    name = next(n.name for n in lowered.graph.nodes if n.target in MOVES)
     spec = lowered.specs[name]
     lowered.specs[name] = lowered.expects[name][0] if lowered.expects[name][0] != spec else spec.replicated  # type: ignore[index]
     with pytest.raises(GraphError, match="expects"):
@@ -72,7 +72,7 @@ def test_a_pass_with_nothing_to_do_returns_its_input() -> None:
         sizes = plan.sizes
 
     assert bucket_gradients(lowered, Context()) is lowered  # type: ignore[arg-type]
-    assert not any(n.target in (move, bucket) for n in lowered.graph.nodes)
+    assert not any(n.target in (*MOVES, *BUCKETS) for n in lowered.graph.nodes)
 
 
 def test_the_program_given_is_not_changed() -> None:

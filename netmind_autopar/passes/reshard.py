@@ -1,6 +1,7 @@
 """Put the cheapest chain of collectives on every edge whose two specs differ.
 
-Which conversions there are is not decided here: `needed_conversions` says it for pricing and for lowering alike.
+Which conversions there are is not decided here: `needed_conversions` says it for pricing and for lowering alike. Every move knows
+its price, `meta["seconds"]`: of gradients that travel in buckets their part of it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ def _splice(new: Draft, context: Lowering, nodes: dict[str, fx.Node], need: Need
     """The chain of moves, just before its first use; for a mere result of the program, just after its producer."""
     current = value = _handle(nodes[need.producer], need.index)
     first = _first_use(need)
-    for step in context.conversions.path(need.source, need.target):
+    path = context.conversions.path(need.source, need.target)
+    whole = sum(step.seconds for step in path)
+    share = context.conversions.seconds(need.source, need.target, bucketed=need.is_gradient) / whole if whole else 1.0
+    for step in path:
         if step.kind == "recast":
             continue
         args = (current, step.kind, step.axis, str(step.before), str(step.after))
         anchor = new.graph.inserting_after(current) if first.result else new.graph.inserting_before(nodes[first.node])
         with anchor:
             made = new.graph.create_node("call_function", move, args, name=f"{value.name}_{step.kind}")
-        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": first.phase}
+        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": first.phase, "seconds": step.seconds * share}
         new.specs[made.name], new.expects[made.name] = step.after, (step.before,)
         current = made
     return current

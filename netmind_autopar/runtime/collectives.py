@@ -14,6 +14,9 @@ that what is verified in one process is what runs on many.
     recast          local: same data, dims seen as other parts
 
 Uneven pieces are padded to the largest for all-gather and reduce-scatter, and travel as they are in all-to-all.
+
+A collective may be started in one place and waited for in another, so that it travels while other ops run: `start` packs and
+sends, `wait` unpacks what arrived. In between stands a `Started`, which nothing but `wait` may take.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +46,58 @@ def move(x: Tensor, kind: str, axis: int, before: str, after: str) -> Tensor:
 def bucket(tensors: Sequence[Tensor], axis: int, op: str) -> tuple[Tensor, ...]:
     """Graph marker of one all-reduce for several tensors. Bound by `bucket_stage`, never called as it is."""
     raise GraphError(f"the bucket over axis {axis} was not bound to a device")
+
+
+def start(x: Tensor, kind: str, axis: int, before: str, after: str) -> Started:
+    """Graph marker: a move that is on its way from here on. Never called as it is."""
+    raise GraphError(f"the move {kind} over axis {axis} was not bound to a device", why=f"{before} → {after}")
+
+
+def start_bucket(tensors: Sequence[Tensor], axis: int, op: str) -> Started:
+    """Graph marker: a bucket that is on its way from here on. Never called as it is."""
+    raise GraphError(f"the bucket over axis {axis} was not bound to a device")
+
+
+def wait(started: Started) -> Any:
+    """Graph marker: what a started move or bucket gives, once it is there. Never called as it is."""
+    raise GraphError("a wait was not bound to a device")
+
+
+MOVES, BUCKETS, STARTS = (move, start), (bucket, start_bucket), (start, start_bucket)
+
+
+def sender(node: Any) -> Any:
+    """The node that started what a `wait` node waits for; any other node itself."""
+    return node.args[0] if node.target is wait else node
+
+
+class Started:
+    """A collective on its way. `wait` gives what it makes, once."""
+
+    def __init__(self, arrive: Callable[[], Any]) -> None:
+        self._arrive: Callable[[], Any] | None = arrive
+
+    def wait(self) -> Any:
+        """Wait until it is there. Raises GraphError the second time."""
+        if self._arrive is None:
+            raise GraphError("a collective was waited for twice")
+        arrive, self._arrive = self._arrive, None
+        return arrive()
+
+
+class Collective:
+    """A move or bucket bound to one device: called, it runs at once; `start` lets other ops run meanwhile."""
+
+    def __init__(self, wire: ProcessWire, step: Stage, unpack: Callable[[Tensor], Any]) -> None:
+        self.wire, self.step, self.unpack = wire, step, unpack
+
+    def __call__(self, x: Any) -> Any:
+        return self.unpack(self.wire.arrive(self.wire.send(self.step, self.step.pack(x))))
+
+    def start(self, x: Any) -> Started:
+        """Pack and send; whatever `x` was may be let go of."""
+        sent = self.wire.send(self.step, self.step.pack(x))
+        return Started(lambda: self.unpack(self.wire.arrive(sent)))
 
 
 @dataclass(frozen=True)
@@ -186,14 +242,19 @@ def sent_bytes(wire: str, packed: Tensor, n: int, send: tuple[int, ...] = (), ow
 
 
 class ProcessWire:
-    """Carries packed tensors over `torch.distributed`, one process group per mesh axis. `sent` counts bytes by (wire, axis)."""
+    """Carries packed tensors over `torch.distributed`, one process group per mesh axis. `sent` counts bytes by (wire, axis).
+
+    `torch.distributed` keeps what a collective reads alive until it is waited for, and on CUDA runs it on a stream of its own that
+    begins after what the current stream was given so far.
+    """
 
     def __init__(self, groups: Sequence[str], sizes: tuple[int, ...], coord: tuple[int, ...]) -> None:
         self.groups, self.sizes, self.coord = tuple(groups), sizes, coord
         self.sent: dict[tuple[str, int], int] = {}
 
-    def carry(self, step: Stage, packed: Tensor) -> Tensor:
-        """Run the collective of one stage; returns a new tensor, or the packed one when it is fresh."""
+    def send(self, step: Stage, packed: Tensor) -> tuple[Tensor, bool]:
+        """Start the collective of one stage. Returns the tensor that it fills, a new one or the packed one when that is fresh, and
+        whether it holds booleans; what it reads is kept alive until it is waited for."""
         wire, n, group = step.wire, self.sizes[step.axis], self.groups[step.axis]
         key = (str(wire), step.axis)
         self.sent[key] = self.sent.get(key, 0) + sent_bytes(str(wire), packed, n, step.send, self.coord[step.axis])
@@ -207,12 +268,16 @@ class ProcessWire:
             y = ops.all_to_all_single(x, list(step.receive), list(step.send), group)
         else:
             y = (ops.all_reduce_ if step.fresh else ops.all_reduce)(x, step.op, group)
-        y = ops.wait_tensor(y)
-        return y.view(torch.bool) if packed.dtype == torch.bool else y
+        return y, packed.dtype == torch.bool
+
+    def arrive(self, sent: tuple[Tensor, bool]) -> Tensor:
+        """Wait for what `send` started: the host on a CPU, the current stream on CUDA."""
+        y = torch.ops._c10d_functional.wait_tensor(sent[0])
+        return y.view(torch.bool) if sent[1] else y
 
 
 def lockstep(steps: Sequence[Stage], packed: Sequence[Tensor], sizes: tuple[int, ...]) -> list[Tensor]:
-    """What `ProcessWire.carry` would give every rank: all ranks' packed tensors in, all results out, in rank order."""
+    """What `ProcessWire` would bring to every rank: all ranks' packed tensors in, all results out, in rank order."""
     out: list[Tensor] = list(packed)
     axis, n, wire = steps[0].axis, sizes[steps[0].axis], steps[0].wire
     for members in groups_along(axis, sizes):

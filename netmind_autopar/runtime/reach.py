@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..ir.program import Program, is_getitem, tensor_args
-from .collectives import bucket
+from .collectives import BUCKETS, sender
 
 
 def reached(program: Program) -> tuple[frozenset[int], ...]:
@@ -18,8 +18,8 @@ def reached(program: Program) -> tuple[frozenset[int], ...]:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             behind[node] = frozenset({tangents[node.name]} if node.name in tangents else ())
-        elif is_getitem(node) and node.args[0].target is bucket:  # what travels together is still told apart
-            behind[node] = behind[node.args[0].args[0][node.args[1]]]
+        elif is_getitem(node) and sender(node.args[0]).target in BUCKETS:  # what travels together is still told apart
+            behind[node] = behind[sender(node.args[0]).args[0][node.args[1]]]
         else:
             behind[node] = frozenset().union(*(behind[n] for n in node.all_input_nodes))
     ends = tensor_args(next(n for n in program.graph.nodes if n.op == "output"))
