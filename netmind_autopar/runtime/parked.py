@@ -27,9 +27,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ir.errors import InputError
+from ..ir.plan import STATE_BUCKET_BYTES
 from .offload import TIERS, _file, _stream, _strides
 
-BUCKET_BYTES = 1 << 27  # of state that is on the device at a time; a parameter with more is a bucket by itself
+BUCKET_BYTES = STATE_BUCKET_BYTES
 STATES = 2  # tensors of a parameter's size that its state is taken for before there is any
 
 _tiers = WeakTensorKeyDictionary()  # parameter -> where its state waits

@@ -1,10 +1,4 @@
-"""Which parameters' optimizer state waits between steps elsewhere, what that takes, and what of it is on the device at a step.
-
-seconds        every byte travels out and back once a step, in buckets, one after the other: 2 bytes / bandwidth of the host link; to
-               disk also 2 bytes / bandwidth of the disk. Nothing hides them: the optimizer waits for its state, and the next forward
-               for the memory.
-the last moment of a problem is the optimizer's: what is parked is absent at all others, and at this one a bucket of it is there
-"""
+"""Which parameters' optimizer state waits between steps elsewhere, as a plan says it."""
 
 from __future__ import annotations
 
@@ -40,10 +34,3 @@ def parked(program: Program, entries: Sequence[str], names: Mapping[str, str]) -
         for node in entry.of(members[entry.name]):
             out.setdefault(node, entry.tier)
     return out
-
-
-def seconds_per_byte(host_bytes_s: float, disk_bytes_s: float, tier: str = "host") -> float:
-    """What a byte that is parked takes in a step; inf where there is no link."""
-    if host_bytes_s <= 0 or (tier == "disk" and disk_bytes_s <= 0):
-        return float("inf")
-    return 2.0 / host_bytes_s + (2.0 / disk_bytes_s if tier == "disk" else 0.0)

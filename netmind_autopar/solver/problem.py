@@ -10,6 +10,7 @@ only in the moments at which they live. A moment is the position of an op in the
 reads, writes, and what lies waiting:
 
     resident     parameters and optimizer state: always
+    parked       optimizer state that waits elsewhere: at the last moment, which is the optimizer's, and then a bucket of it
     the value    from its production until the last consumer that takes it as it is lets go of it, and until the last
                  conversion made from it
     a copy       per group and target state: from its first consumer's moment until its last consumer lets go
@@ -18,10 +19,13 @@ reads, writes, and what lies waiting:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from ..ir.plan import STATE_BUCKET_BYTES
 
 FORWARD, BACKWARD = 0, 1
 Choice = tuple[int, ...]  # one strategy index per node
@@ -33,6 +37,8 @@ class Node:
 
     moments: when its instances run, ascending; empty for parameters, inputs and results. view: its results are parts of its input
     and hold it. again: its instances of forward may run a second time in backward.
+    state[k]: bytes of the optimizer state of one of its parameters; `resident` holds that of `here` of them, of parked[0] it waits in
+    host memory, of parked[1] on disk. None: there is none.
     """
 
     name: str
@@ -42,6 +48,16 @@ class Node:
     moments: tuple[int, ...] = ()
     view: bool = False
     again: bool = False
+    state: np.ndarray | None = None
+    here: int = 0
+    parked: tuple[int, int] = (0, 0)
+
+    def park(self, host: int, disk: int = 0) -> Node:
+        """The same node, with the optimizer state of that many more parameters elsewhere."""
+        if self.state is None or not host + disk:
+            return self
+        now = self.parked[0] + host, self.parked[1] + disk
+        return replace(self, resident=self.resident - (host + disk) * self.state, here=self.here - host - disk, parked=now)
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,9 @@ class Problem:
 
     prices: (moment, seconds per byte) pairs; what memory costs there is part of the objective.
     forward_end: the last moment of forward; -1 when there is no backward. borders: where stretches of ops begin, see window.py.
-    host_bytes_s: what a link to host memory carries in one direction; 0 when nothing may wait there.
+    host_bytes_s: what a link to host memory carries in one direction; 0 when nothing may wait there. host_limit_bytes: what may wait
+    there at a time, None for no limit; what is more waits on disk, which takes disk_bytes_s.
+    turns: the problem is one of so many micro-batches of a step; all seconds are those of one.
     """
 
     nodes: tuple[Node, ...]
@@ -117,7 +135,10 @@ class Problem:
     forward_end: int = -1
     borders: tuple[int, ...] = ()
     host_bytes_s: float = 0.0
+    host_limit_bytes: int | None = None
+    disk_bytes_s: float = 0.0
     prices: tuple[tuple[int, float], ...] = ()
+    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -203,12 +224,37 @@ def resident_bytes(problem: Problem, choice: Sequence[int]) -> int:
     return problem.fixed_bytes + sum(int(node.resident[k]) for node, k in zip(problem.nodes, choice, strict=True))
 
 
+def parked_bytes(problem: Problem, choice: Sequence[int]) -> tuple[int, int]:
+    """Optimizer state that waits in host memory, and on disk."""
+    pairs = [(n.parked, int(n.state[k])) for n, k in zip(problem.nodes, choice, strict=True) if n.state is not None and any(n.parked)]
+    return sum(host * size for (host, _), size in pairs), sum(disk * size for (_, disk), size in pairs)
+
+
+def step_bytes(problem: Problem, choice: Sequence[int]) -> int:
+    """What the optimizer has on the device of the state that waits elsewhere, at most."""
+    sizes = [int(n.state[k]) for n, k in zip(problem.nodes, choice, strict=True) if n.state is not None and any(n.parked)]
+    return min(sum(parked_bytes(problem, choice)), max(STATE_BUCKET_BYTES, *sizes, 0))
+
+
+def link_s(problem: Problem, tier: str = "host") -> float:
+    """Seconds per byte from the device to a tier, or back: over the host's link, and for the disk from there on. inf: no link."""
+    rates = (problem.host_bytes_s, problem.disk_bytes_s) if tier == "disk" else (problem.host_bytes_s,)
+    return sum(1.0 / rate for rate in rates) if min(rates) > 0 else math.inf
+
+
+def parking_s(problem: Problem, choice: Sequence[int]) -> float:
+    """Seconds in which the step waits for parked state: it travels out and back, bucket after bucket, and nothing hides that."""
+    pairs = zip(parked_bytes(problem, choice), ("host", "disk"), strict=True)
+    return sum(2 * size * link_s(problem, tier) for size, tier in pairs if size) / problem.turns
+
+
 def profile(problem: Problem, choice: Sequence[int]) -> np.ndarray:
     """Bytes of the fullest device at every moment, `[moments]`."""
     steps = np.zeros(problem.moments + 1, np.int64)
     for item in items(problem, choice):
         np.add.at(steps, item.start, item.bytes)
         np.subtract.at(steps, item.end + 1, item.bytes)
+    steps[-2:] += np.array([1, -1]) * step_bytes(problem, choice)
     return np.cumsum(steps[:-1]) + resident_bytes(problem, choice)
 
 
