@@ -168,6 +168,21 @@ class Conversions:
                 out[np.ix_(rows, cols)] = self._block(start, states, end, goals, bucketed)
         return out
 
+    def tail(self, sources: Specs, targets: Specs) -> np.ndarray:
+        """Bucketed seconds of the all-reduces that the chains end with, shape (sources, targets)."""
+        out = np.zeros((len(sources), len(targets)))
+        columns = self.grouped(targets)
+        for start, rows, states in self.grouped(sources):
+            for end, cols, goals in columns:
+                if start is end:
+                    out[np.ix_(rows, cols)] = start.tail[0][np.ix_(states, goals)]
+                    continue
+                by, to = self.through(start, states, end, goals)
+                if by.size:
+                    last, pure = (table[to, goals] for table in end.tail)
+                    out[np.ix_(rows, cols)] = last + pure * start.tail[0][states[:, None], by]
+        return out
+
     def grouped(self, specs: Specs) -> list[tuple[Space, np.ndarray, np.ndarray]]:
         """(space, positions in `specs`, states) for every space that occurs."""
         numbers = specs if isinstance(specs, np.ndarray) else np.array([self.number(spec) for spec in specs], dtype=np.int64)

@@ -286,6 +286,20 @@ class Space:
             out[start, goal] += direct[at, following]
         return out
 
+    @functools.cached_property
+    def tail(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the same chains the bucketed price of the all-reduces that they end with, and whether they are nothing else."""
+        n, moves = len(self.placed), self.edges
+        direct, reduces = np.zeros((n, n)), np.zeros((n, n), dtype=bool)
+        direct[moves.before, moves.after] = moves.bucketed
+        reduces[moves.before, moves.after] = moves.kind == KINDS.index("all_reduce")
+        out, pure = np.zeros((n, n)), np.ones((n, n), dtype=bool)
+        for start, at, goal, following in self.walk():
+            reduced = reduces[at, following]
+            out[start, goal] = np.where(reduced, out[start, goal] + direct[at, following], 0.0)
+            pure[start, goal] &= reduced
+        return out, pure
+
     def walk(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """All chains at once, move by move: (where they began, where they are, where they go, the next state), of those not there yet."""
         start, goal = np.nonzero(np.isfinite(self.seconds) & ~np.eye(len(self.placed), dtype=bool))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class Built:
     order: tuple[str, ...]
     nodes: Mapping[str, fx.Node]
     forward_end: int
+    sums: tuple[np.ndarray | int, ...] = ()  # per kind and strategy the bytes of gradients that micro-batches add up
 
 
 def random_seconds(seed: int, name: str, label: str) -> float:
@@ -131,7 +132,7 @@ class _Build:
         inputs: str,
         again: frozenset[tuple[str, int]] | Sequence[str] = (),
     ) -> None:
-        self.program, self.conversions = program, conversions
+        self.program, self.conversions, self.turns = program, conversions, program.turns
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.kinds = collect(program, rules, conversions.mesh.sizes, inputs)
         self.index = {name: i for i, name in enumerate(self.kinds)}
@@ -141,7 +142,7 @@ class _Build:
         forward = [n.name for n in ops if n.meta["phase"] == "forward"]
         self.ops = tuple(forward + [n.name for n in ops if n.meta["phase"] != "forward"])
         self.moment = {name: 2 * m + 1 for m, name in enumerate(self.ops)}
-        self.forward_end, self.end = max(2 * len(forward) - 1, 0), 2 * len(self.ops)
+        self.forward_end, self.end = max(2 * len(forward) - 1, 0), 2 * len(self.ops) + 1  # the last moment is the optimizer's
         self.uses = uses(program)
         if not isinstance(again, frozenset):
             tangents = {name: f"output.{end.name}" for name, end in self.ends.items() if end.role == "tangent"}
@@ -153,6 +154,11 @@ class _Build:
         self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
         self.ranks = self._ranks()
         self.away: frozenset[tuple[str, int]] = frozenset()
+        self.parked: Mapping[str, str] = {}
+        self.trained: set[str] = set()
+        self.states = 0
+        joins = zip(program.outputs, program.micro.joins, strict=True) if program.micro else ()
+        self.joined = {f"output.{o.name}": self.turns - 1 for o, join in joins if o.role == "output" and join.startswith("cat:")}
         self.release = self._releases()
         self.columns: dict[tuple[str, bool, int], np.ndarray] = {}
 
@@ -173,11 +179,16 @@ class _Build:
             if name in views:
                 views[name].extend(takers)
         for name in reversed(views):
-            out[name] = max((self.held(use, out) for use in views[name]), default=self.moment[name])
+            out[name] = max((self.held(use, out, name) for use in views[name]), default=self.moment[name])
         return out
 
-    def held(self, use: Use, release: Mapping[str, int]) -> int:
-        """When a use lets go of what it took: the user keeps outputs and gradients; a buffer's new value is copied after forward."""
+    def held(self, use: Use, release: Mapping[str, int], producer: str) -> int:
+        """When a use lets go of what it took: the user keeps outputs and gradients; a buffer's new value is copied after forward.
+
+        A micro-batch adds its gradient up as soon as it is made.
+        """
+        if self.turns > 1 and use.result and use.result.role == "grad":
+            return self.taken(use, producer)
         if use.result:
             return min(self.forward_end + 1, self.end) if use.result.role == "mutation" else self.end
         return release[use.node]
@@ -233,14 +244,15 @@ class _Build:
         is_gradient = any(u.result is not None and u.result.role == "grad" for u in takers)
         dense = values(self.nodes[name])[index].is_contiguous()  # type: ignore[union-attr]
         bucket = BUCKET_BYTES if self.gradient_bytes > BUCKET_BYTES else None
-        same, seconds, need, left = tables(convert, sources, targets, dense=dense, is_gradient=is_gradient, bucket_bytes=bucket)
+        facts = {"dense": dense, "is_gradient": is_gradient, "bucket_bytes": bucket, "turns": self.turns}
+        same, seconds, need, left = tables(convert, sources, targets, **facts)
         consumers = tuple(
             Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
             for u, s in zip(takers, states, strict=True)
         )
         produced = np.array([self.born(n) for n, _ in group])
         used = np.array([[self.taken(u, n) for u in self.uses[n, i]] for n, i in group])
-        held = np.array([[self.end if self.is_tangent(n) else self.held(u, self.release) for u in self.uses[n, i]] for n, i in group])
+        held = np.array([[self.end if self.is_tangent(n) else self.held(u, self.release, n) for u in self.uses[n, i]] for n, i in group])
         shape = (len(group), len(takers))
         owns = not self.is_resident(name) and not self.is_view(name)
         value = Value(
@@ -302,7 +314,7 @@ class _Build:
 
     def node(self, kind: Kind, labels: tuple[str, ...], seconds: np.ndarray, resident: np.ndarray) -> Node:
         if kind.role != "op":
-            return Node(kind.name, labels, seconds, resident)
+            return self.parameter(kind, Node(kind.name, labels, seconds, resident))
         again = not refusal(self.nodes[kind.members[0]])
         return Node(kind.name, labels, seconds, resident, tuple(self.moment[m] for m in kind.members), self.is_view(kind.members[0]), again)
 
@@ -312,10 +324,32 @@ class _Build:
     def resident(self, kind: Kind, trained: set[str], states: int) -> np.ndarray:
         """Bytes per strategy that always live: the class's parameters, buffers or inputs, with optimizer state."""
         total = np.zeros(len(kind.strategies), dtype=np.int64)
-        if kind.role in ("op", "result"):
+        if kind.role == "op":
             return total
+        if kind.role == "result":  # those of the other micro-batches
+            return total + self.joined[kind.name] * self.local(kind) if kind.name in self.joined else total
         copies = sum(1 + (states if member in trained else 0) for member in kind.members)
-        return total + copies * self.conversions.local_bytes(self.column(kind, True, 0))
+        return total + copies * self.local(kind) + self.sums(kind)
+
+    def local(self, kind: Kind) -> np.ndarray:
+        """Local bytes per strategy of a class at the program's ends."""
+        return self.conversions.local_bytes(self.column(kind, True, 0))
+
+    def sums(self, kind: Kind) -> np.ndarray | int:
+        """Bytes per strategy of the gradients of all micro-batches so far."""
+        trained = sum(member in self.trained for member in kind.members) if self.turns > 1 else 0
+        return trained * self.local(kind) if trained else 0
+
+    def parameter(self, kind: Kind, node: Node) -> Node:
+        """With the optimizer state of a class of parameters told apart. A class that is trained in part is parked as a whole."""
+        trained = [member for member in kind.members if member in self.trained]
+        if not trained or not self.states:
+            return node
+        each = self.states * self.conversions.local_bytes(self.column(kind, True, 0))
+        tiers = [self.parked.get(member) for member in trained]
+        if len(trained) < len(kind.members):
+            each, tiers = each * len(trained), tiers[:1]
+        return replace(node, state=each, here=len(tiers)).park(tiers.count("host"), tiers.count("disk"))
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -340,16 +374,18 @@ def build(
     limit_bytes: int | None = None,
     regather: frozenset[tuple[str, int]] | Sequence[str] = (),
     away: Collection[tuple[str, int]] = (),
+    parked: Mapping[str, str] | None = None,
 ) -> Built:
     """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets.
 
     states: tensors of a parameter's size that the optimizer keeps. regather: what is converted again in backward, as a plan says it or
-    as `regathered` found it in the program before it was rewritten. away: values that wait for backward elsewhere. Random costs replace
-    the seconds of ops; pass conversions that were made with the same seed.
+    as `regathered` found it in the program before it was rewritten. away: values that wait for backward elsewhere. parked: parameters
+    whose optimizer state waits between steps elsewhere, and where. Random costs replace the seconds of ops; pass conversions that were
+    made with the same seed.
     """
     work = _Build(program, rules, conversions, inputs, regather)
-    work.away = frozenset(away)
-    trained = trained_parameters(program)
+    work.away, work.parked, work.states = frozenset(away), parked or {}, states
+    work.trained = trained = trained_parameters(program)
     priced: dict[tuple, np.ndarray] = {}
     nodes = []
     for kind in work.kinds.values():
@@ -366,11 +402,13 @@ def build(
         made.append(value)
         specs.append(spec)
         takers.append(tuple(work.uses[group[0]]))
-    problem = Problem(
-        tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes, work.forward_end, work.borders(), mesh.device.host_bandwidth_bytes_s
-    )
+    host = mesh.device.host_bandwidth_bytes_s, mesh.device.host_memory_bytes, mesh.device.disk_bandwidth_bytes_s
+    problem = Problem(tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes, work.forward_end, work.borders(), *host)
+    problem = replace(problem, turns=work.turns)
     order = tuple(work.ops[min(m // 2, len(work.ops) - 1)] if work.ops else "" for m in range(work.end + 1))
-    return Built(problem, tuple(work.kinds.values()), tuple(specs), tuple(takers), order, work.nodes, work.forward_end)
+    kinds = tuple(work.kinds.values())
+    sums = tuple(work.sums(kind) for kind in kinds) if work.turns > 1 else ()
+    return Built(problem, kinds, tuple(specs), tuple(takers), order, work.nodes, work.forward_end, sums)
 
 
 def _priced(node: fx.Node, kind: Kind, mesh: Mesh, cache: dict[tuple, np.ndarray]) -> np.ndarray:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..costs.comm import MESSAGES, Conversions
+import numpy as np
+
+from ..costs.comm import MESSAGES, Conversions, Move
+from ..ir.mesh import Device
 from ..ir.plan import Collective, Cost, Memory, Plan, Replicated
 from ..ir.program import Program, op_name
 from ..ir.spec import Spec, local_bytes
@@ -44,9 +48,9 @@ class ConversionRow:
     seconds: float
 
 
-def cost_of(built: Built, choice: Choice, waits_s: float = 0.0) -> Cost:
-    """Seconds by part and bytes by category of one choice; `waits_s` are spent waiting for transfers."""
-    problem = built.problem
+def cost_of(built: Built, choice: Choice, device: Device, waits_s: float = 0.0) -> Cost:
+    """Seconds of a whole step by part and bytes by category of one choice; per micro-batch `waits_s` are spent waiting for transfers."""
+    problem, turns = built.problem, built.problem.turns
     _, peak, moment = evaluate(problem, choice)
     compute_s = recompute_s = 0.0
     for kind, node, k in zip(built.kinds, problem.nodes, choice, strict=True):
@@ -55,15 +59,26 @@ def cost_of(built: Built, choice: Choice, waits_s: float = 0.0) -> Cost:
         recompute_s += float(node.seconds[k]) * again / max(len(kind.members), 1)
     compute_s -= recompute_s
     communication_s = sum(c.seconds for c in conversions(problem, choice))
+    compute_s += 3 * summed_bytes(built, choice) / device.memory_bandwidth_bytes_s  # gradients are added up: two reads and a write
     return Cost(
-        step_s=compute_s + recompute_s + communication_s + waits_s,
-        compute_s=compute_s,
-        recompute_s=recompute_s,
-        transfer_s=waits_s,
-        communication_s=communication_s,
+        step_s=turns * (compute_s + recompute_s + communication_s + waits_s),
+        compute_s=turns * compute_s,
+        recompute_s=turns * recompute_s,
+        transfer_s=turns * waits_s,
+        communication_s=turns * communication_s,
         peak_bytes=peak,
         memory=memory_at(built, choice, moment),
     )
+
+
+def least_summing_s(built: Built, device: Device) -> float:
+    """Seconds per micro-batch that adding up gradients takes under any choice."""
+    return 3 * sum(int(np.min(sums)) for sums in built.sums) / device.memory_bandwidth_bytes_s
+
+
+def summed_bytes(built: Built, choice: Choice) -> int:
+    """Bytes of the gradients that micro-batches add up."""
+    return sum(int(np.asarray(sums).reshape(-1)[k]) for sums, k in zip(built.sums, choice, strict=False) if np.ndim(sums))
 
 
 def memory_at(built: Built, choice: Choice, moment: int) -> Memory:
@@ -74,8 +89,11 @@ def memory_at(built: Built, choice: Choice, moment: int) -> Memory:
     total = dict.fromkeys(Memory.model_fields, 0)
     for kind, node, k in zip(built.kinds, built.problem.nodes, choice, strict=True):
         state = node.here * int(node.state[k]) if node.state is not None else 0
-        total["inputs" if kind.role in ("input", "seed") else "parameters"] += int(node.resident[k]) - state
+        role = {"input": "inputs", "seed": "inputs", "result": "transients"}.get(kind.role, "parameters")
+        total[role] += int(node.resident[k]) - state
         total["optimizer"] += state
+    total["gradients"] = summed_bytes(built, choice)
+    total["parameters"] -= total["gradients"]
     last = built.problem.moments - 1
     total["optimizer"] += step_bytes(built.problem, choice) if moment == last else 0
     for item in items(built.problem, choice):
@@ -91,6 +109,8 @@ def memory_at(built: Built, choice: Choice, moment: int) -> Memory:
 def collectives_of(built: Built, choice: Choice, conv: Conversions) -> tuple[Collective, ...]:
     """All collectives by kind, axis and phase, from the paths of the chosen conversions. Slices, masks and recasts send nothing."""
     found: dict[tuple[str, int, str], list[float]] = {}
+    turns = built.problem.turns
+    late = {v for v, value in enumerate(built.problem.values) if value.kind == "gradient"}
     for c in conversions(built.problem, choice):
         sources, targets = built.specs[c.value]
         moves = conv.path(sources[c.p], targets[c.q])
@@ -100,14 +120,20 @@ def collectives_of(built: Built, choice: Choice, conv: Conversions) -> tuple[Col
         for m in moves:
             if m.kind in MESSAGES:
                 row = found.setdefault((m.kind, m.axis, phase), [0, 0, 0.0])
-                row[0] += built.problem.values[c.value].count
-                row[1] += built.problem.values[c.value].count * m.bytes
-                row[2] += m.seconds * scale
+                times = built.problem.values[c.value].count * (1 if c.value in late and m in _last(moves) else turns)
+                row[0] += times
+                row[1] += times * m.bytes
+                row[2] += turns * m.seconds * scale
     names = conv.mesh.names
     return tuple(
         Collective(kind=kind, axis=names[axis], phase=phase, count=int(n), bytes=int(size), seconds=s)  # type: ignore[arg-type]
         for (kind, axis, phase), (n, size, s) in sorted(found.items(), key=lambda item: (item[0][2] != "forward", *item[0]))
     )
+
+
+def _last(moves: Sequence[Move]) -> list[Move]:
+    """The all-reduces that end a gradient's way: they come once, after the last micro-batch."""
+    return list(itertools.takewhile(lambda m: m.kind in ("all_reduce", "recast"), reversed(moves)))
 
 
 def replicated_of(built: Built, choice: Choice) -> tuple[Replicated, ...]:
@@ -120,7 +146,7 @@ def replicated_of(built: Built, choice: Choice) -> tuple[Replicated, ...]:
             where = built.nodes[member].meta.get("where", "") or ""
             row = found.setdefault((op_name(built.nodes[member]), where, kind.rule.why), [0, 0.0])
             row[0] += 1
-            row[1] += float(node.seconds[k]) / len(kind.members)
+            row[1] += built.problem.turns * float(node.seconds[k]) / len(kind.members)
     return tuple(Replicated(op=op, where=where, count=int(n), seconds=s, why=why) for (op, where, why), (n, s) in sorted(found.items()))
 
 

@@ -80,18 +80,28 @@ def distinct(conversions: Conversions, columns: Sequence[Numbers]) -> tuple[Numb
 
 
 def tables(
-    conversions: Conversions, sources: Numbers, targets: Numbers, *, dense: bool, is_gradient: bool, bucket_bytes: int | None
+    conversions: Conversions,
+    sources: Numbers,
+    targets: Numbers,
+    *,
+    dense: bool,
+    is_gradient: bool,
+    bucket_bytes: int | None,
+    turns: int = 1,
 ) -> Tables:
     """Of conversions: whether both layouts are one, seconds, bytes that they need while they run, and per target the bytes of the copy.
 
     dense: the tensor is contiguous; others are packed first. is_gradient: reductions travel in buckets, and an all-reduce waits for its
-    bucket, in which `bucket_bytes` of others lie packed (None: all gradients fit into one).
+    bucket, in which `bucket_bytes` of others lie packed (None: all gradients fit into one). turns: of so many micro-batches each pays
+    its part of the all-reduces that come after the last one.
     """
     known = _tables.setdefault(conversions, {})
-    key = (sources.tobytes(), targets.tobytes(), is_gradient, dense, bucket_bytes)
+    key = (sources.tobytes(), targets.tobytes(), is_gradient, dense, bucket_bytes, turns)
     if key not in known:
         same = conversions.layouts(sources)[:, None] == conversions.layouts(targets)[None, :]
         seconds = conversions.matrix(sources, targets, bucketed=is_gradient)
+        if is_gradient and turns > 1:
+            seconds = seconds - conversions.tail(sources, targets) * (1 - 1 / turns)
         need, left, reduced = room(conversions, sources, targets)
         if not dense:
             need = need + conversions.local_bytes(sources)[:, None]

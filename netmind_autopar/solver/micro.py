@@ -122,7 +122,7 @@ def _symbols(program: Program, rules: Mapping[str, Rule], count: int) -> Symbols
     whole = sum(float(node.seconds[0]) for _, node, _ in pairs)
     saved = {kind.members[0]: float(node.seconds[0] - node.seconds[k]) for kind, node, k in pairs}
     if sum(saved.values()) < WORTH * whole * (1 - 1 / count):
-        kind, node, _ = max((p for p in pairs if saved[p[0].members[0]] <= 0), key=lambda p: float(p[1].seconds[0]))
+        kind, _, _ = max((p for p in pairs if saved[p[0].members[0]] <= 0), key=lambda p: float(p[1].seconds[0]))
         first = built.nodes[kind.members[0]]
         return Refusal(f"{op_name(first)} and others need the whole batch at once", first.meta.get("where") or "")
     return {member: kind.strategies[k][0] for kind, _, k in pairs for member in kind.members}

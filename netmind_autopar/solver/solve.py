@@ -18,7 +18,7 @@ from ..tracer.hash import graph_hash as hash_of
 from . import milp
 from .build import Built
 from .conversions import end_rules
-from .explain import collectives_of, cost_of, replicated_of
+from .explain import collectives_of, cost_of, least_summing_s, replicated_of
 from .fold import classes
 from .memory import largest
 from .pins import Pin, pinned
@@ -113,8 +113,8 @@ def assemble(
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
     assert found.choice is not None
-    cost = cost_of(built, found.choice, waits_s)
-    bound = max(0.0, min(found.bound, cost.step_s))
+    cost = cost_of(built, found.choice, mesh.device, waits_s)
+    bound = max(0.0, min(program.turns * (found.bound + least_summing_s(built, mesh.device)), cost.step_s))
     choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
     return Plan(
         graph_hash=graph_hash,
@@ -133,7 +133,7 @@ def assemble(
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
         collectives=collectives_of(built, found.choice, conversions),
         replicated=replicated_of(built, found.choice),
-        gib_worth_s=byte_worth_s * 2**30,
+        gib_worth_s=program.turns * byte_worth_s * 2**30,
         bound_s=bound,
         gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
         status="optimal" if found.status == milp.OPTIMAL else "feasible",
