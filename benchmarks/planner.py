@@ -212,8 +212,31 @@ def small() -> Iterator[Row]:
     yield row("50 small problems against brute force", {"equal": equal, "worst_excess": worse}, {"equal": checked}, equal == checked)
 
 
+def partitioner() -> Iterator[Row]:
+    """Recomputation at the peaks of torch's own partitioner, and over limits; bars for the time as priced, the fused one beside them."""
+    import partitioner as against
+
+    for fused in (False, True):
+        for name, make in against.MODELS.items():
+            on = against.subject(*make(), fused=fused)
+            found = against.verdict(list(against.against_torch(on, against.BUDGETS)), list(against.sweep(on)))
+            bars = {"least_ratio": 1.0, "least_middle_ratio": 1.3, "least_used": 0.98, "planned, monotone, never_above": True}
+            title = f"torch's partitioner, {name}" + (", fused ops free (no bar)" if fused else "")
+            shown = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in found.items()}
+            yield row(title, shown, None if fused else bars, fused or against.fine(found))
+
+
+def memtracker() -> Iterator[Row]:
+    import memtracker as tracker
+
+    for found in tracker.rows():
+        off = found["planned"] / found["tracked"] - 1
+        title = f"planned peak against MemTracker, {found['model']}, {found['share']:.0%} of what can be saved kept"
+        yield row(title, float(f"{off:.3g}"), 0.01, abs(off) <= 0.01, **found)
+
+
 CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
-    f.__name__: f for f in (llama8b, three_axes, large, growth, folded, joint, baselines, small)
+    f.__name__: f for f in (llama8b, three_axes, large, growth, folded, joint, baselines, small, partitioner, memtracker)
 }
 
 
