@@ -54,7 +54,7 @@ def train(case: dict) -> dict[str, float]:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1.0)  # rank 0's weights must win
-    pm = autoparallelize(model, inputs, mesh, random_costs=case.get("random_costs"))
+    pm = autoparallelize(model, inputs, mesh, random_costs=case.get("random_costs"), micro_batches=case.get("micro_batches"))
     make = optimizers(case["model"])[case["optimizer"]]
     ours, theirs = make(pm.parameters()), make(original.parameters())
     worst = {"loss": 0.0, "gradient": 0.0, "buffer": 0.0}
@@ -100,7 +100,24 @@ def refuse(case: dict) -> dict[str, str]:
     return {"kind": "none", "text": ""}
 
 
+def overlap(case: dict) -> dict[str, float]:
+    """Two steps of one plan, with collectives that travel while other ops run and without: how many results differ in any bit."""
+    model, inputs = getattr(models, case["overlap"])(dtype=torch.float64)
+    mesh = init_device_mesh("cpu", tuple(case["mesh"]), mesh_dim_names=tuple("abc"[: len(case["mesh"])]))
+    ours = autoparallelize(model, inputs, mesh, random_costs=case["random_costs"])
+    theirs = autoparallelize(model, inputs, mesh, plan=ours.plan.model_copy(update={"overlap": False}))
+    differs = 0
+    for _ in range(2):
+        for pm in (ours, theirs):
+            loss_of(call(pm, inputs)).backward()
+        pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+        differs += sum(p.grad is not None and not torch.equal(p.grad._local_tensor, q.grad._local_tensor) for p, q in pairs)
+    return {"differs": differs, "starts": ours.code().count(".start(") - theirs.code().count(".start(")}
+
+
 def run(case: dict) -> dict[str, Any]:
+    if "overlap" in case:
+        return overlap(case)
     if "zoo" in case:
         import gloo_zoo  # the whole zoo is imported by it: only where it is asked for
 

@@ -15,7 +15,7 @@ from netmind_autopar.ir.spec import parse_spec
 from netmind_autopar.kernels import DIRECT
 from netmind_autopar.passes.pipeline import lower
 from netmind_autopar.rules.bind import bind_program
-from netmind_autopar.runtime.collectives import move
+from netmind_autopar.runtime.collectives import MOVES
 from netmind_autopar.solver.build import collect
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.hash import graph_hash
@@ -122,7 +122,7 @@ def test_split_classes_need_no_logits_elsewhere(mesh: str, split: str) -> None:
     choices |= {name: " ".join(words.split()["nc".index(letter)] for letter in split.split()) for name, words in SPLIT.items()}
     plan = Plan(graph_hash=graph_hash(program), mesh=axes, choices=choices)
     lowered = lower(program, rules, plan)
-    moves = [node for node in lowered.graph.nodes if node.target is move]
+    moves = [node for node in lowered.graph.nodes if node.target in MOVES]
     logits = [node for node in moves if parse_spec(node.args[3]).shape == (8, 97)]
     assert moves and not logits, logits
     report = compare(model, inputs, program, lowered, plan)

@@ -2,11 +2,14 @@
 
 A value lives from the op that makes it to its last use, a view holds what it is a part of, and a move needs what
 `costs/room.py` says while it runs. Parameters, buffers, inputs and the caller's tangents live all the time and are left out.
-The emitted order counts: all of forward, then all of backward. A *slot* is the position of an op in it.
+The emitted order counts: all of forward, then all of backward, then what follows the last micro-batch. A *slot* is the position of
+an op in it.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,6 +25,7 @@ from ..ir.program import Program, is_getitem, source, tensor_args
 from ..ir.spec import Partial, Placement, Replicate, Spec, local_bytes, local_shape, parse_spec
 from ..runtime.collectives import BUCKETS, MOVES, Stage, stage
 from ..runtime.offload import offload, release, reload
+from .defer import FINISH
 
 if TYPE_CHECKING:
     from .pipeline import Lowering
@@ -44,13 +48,13 @@ class Room:
 
 @dataclass
 class Alive:
-    """order: the ops by slot; split: where backward begins; memory[k]: bytes while op k runs.
+    """order: the ops by slot; bounds: where the phases begin, and the end; memory[k]: bytes while op k runs.
 
     owner: whose memory a value is, None for what always lives; last: the slot of a storage's last use; size: its bytes.
     """
 
     order: list[fx.Node]
-    split: int
+    bounds: tuple[int, ...]
     memory: np.ndarray
     slot: dict[fx.Node, int]
     room: dict[fx.Node, Room]
@@ -59,9 +63,10 @@ class Alive:
     size: dict[Storage, int] = field(default_factory=dict)
     known: dict[tuple, Room] = field(default_factory=dict)
 
-    def phase_end(self, slot: int) -> int:
-        """The slot after the last op of the phase."""
-        return self.split if slot < self.split else len(self.order)
+    def phase(self, slot: int) -> tuple[int, int]:
+        """The first slot of the phase in which `slot` lies, and the one after its last."""
+        i = min(bisect_right(self.bounds, slot), len(self.bounds) - 1)
+        return self.bounds[i - 1], self.bounds[i]
 
     def add(self, begin: int, end: int, size: int) -> None:
         """Count `size` bytes more at the slots begin … end-1."""
@@ -71,10 +76,11 @@ class Alive:
 def alive(program: Program, context: Lowering) -> Alive:
     """Count a lowered program. Its collectives run where they stand."""
     calls = [n for n in program.graph.nodes if n.op in ("call_function", "get_attr")]
-    forward = [n for n in calls if n.meta["phase"] == "forward"]
-    order = forward + [n for n in calls if n.meta["phase"] != "forward"]
+    phases = [[n for n in calls if n.meta["phase"] == phase] for phase in ("forward", "backward", FINISH)]
+    order = [n for phase in phases for n in phase]
     slot = {node: k for k, node in enumerate(order)}
-    work = Alive(order, len(forward), np.zeros(len(order) + 1, np.int64), slot, {})
+    bounds = (0, *(b for b in dict.fromkeys(itertools.accumulate(map(len, phases))) if b))
+    work = Alive(order, bounds, np.zeros(len(order) + 1, np.int64), slot, {})
     for k, node in enumerate(order):
         _count(work, program, context, node, k)
     _ends(work, program)
@@ -131,7 +137,7 @@ def _ends(work: Alive, program: Program) -> None:
     for node, out in zip(ends, program.outputs, strict=True):
         owner = owner_of(work, node)
         if owner is not None:
-            until = work.split if out.role == "mutation" else len(work.order)
+            until = work.bounds[1] if out.role == "mutation" else len(work.order)
             work.last[owner] = max(work.last[owner], until)
 
 
@@ -145,8 +151,10 @@ def _move_bytes(work: Alive, node: fx.Node, context: Lowering) -> Room:
     lies = _order(given.meta["val"]) if given.target not in MOVES else None
     key = (kind, axis, before, after, lies)
     if key not in work.known:
-        need = _need(context, str(kind), int(axis), parse_spec(str(before)), parse_spec(str(after)))  # type: ignore[arg-type]
-        work.known[key] = _tried(stage(*key[:4], context.sizes, (0,) * len(context.sizes)), parse_spec(str(before)), lies, need, context.sizes)  # type: ignore[arg-type]
+        spec = parse_spec(str(before))
+        need = _need(context, str(kind), int(axis), spec, parse_spec(str(after)))  # type: ignore[call-overload]
+        step = stage(*key[:4], context.sizes, (0,) * len(context.sizes))  # type: ignore[arg-type]
+        work.known[key] = _tried(step, spec, lies, need, context.sizes)
     return work.known[key]
 
 

@@ -37,8 +37,8 @@ def _buckets(program: Program, sizes: tuple[int, ...]) -> list[tuple[tuple, list
     """Names of the all-reduces that travel together, in graph order."""
     ends = tensor_args(next(n for n in program.graph.nodes if n.op == "output"))
     roles: dict[fx.Node, set[str]] = {}
-    for node, out in zip(ends, program.outputs, strict=True):
-        roles.setdefault(node, set()).add(out.role)
+    for node, end in zip(ends, program.outputs, strict=True):
+        roles.setdefault(node, set()).add(end.role)
     open_: dict[tuple, tuple[list[str], int]] = {}
     out: list[tuple[tuple, list[str]]] = []
     for node in program.graph.nodes:

@@ -12,6 +12,7 @@ it is when every collective runs where it is needed. There is one graph, so all 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -76,32 +77,31 @@ def decide(program: Program, context: Lowering) -> tuple[Alive, Mapping[fx.Node,
 
 @dataclass(frozen=True)
 class _Ahead:
-    """Slots at which the stretches of forward and of backward begin: see solver/window.py."""
+    """Slots at which the stretches of every phase begin: see solver/window.py."""
 
-    split: int
-    end: int
-    borders: tuple[Sequence[int], Sequence[int]]
+    work: Alive
+    borders: Mapping[int, Sequence[int]]  # by the first slot of the phase
 
     @classmethod
     def of(cls, work: Alive) -> _Ahead:
-        early, late = borders(work.order[: work.split]), borders(work.order[work.split :])
-        return cls(work.split, len(work.order), (early, [work.split + s for s in late]))
+        phases = itertools.pairwise(work.bounds)
+        return cls(work, {first: [first + s for s in borders(work.order[first:end])] for first, end in phases})
 
     def earliest(self, slot: int) -> int:
         """One stretch before the one in which `slot` lies."""
-        return back(self.borders[slot >= self.split], slot)
+        return back(self.borders[self.work.phase(slot)[0]], slot)
 
     def next(self, slot: int) -> int:
         """Where the stretch after the one of `slot` begins."""
-        end = self.end if slot >= self.split else self.split
-        return next((b for b in self.borders[slot >= self.split] if b > slot), end)
+        first, end = self.work.phase(slot)
+        return next((b for b in self.borders[first] if b > slot), end)
 
 
 def _wanted(work: Alive, ahead: _Ahead, node: fx.Node, sizes: Sequence[int]) -> list[Flight]:
     """Where a collective, and those that go on with it alone, would fly if memory did not matter."""
-    chain, phase = [node], work.phase_end(work.slot[node])
+    chain, (_, phase) = [node], work.phase(work.slot[node])
     while len(users := list(chain[-1].users)) == 1 and chain[-1].target is move and is_collective(users[0], sizes):
-        if users[0].target is not move or work.phase_end(work.slot[users[0]]) != phase:
+        if users[0].target is not move or work.phase(work.slot[users[0]])[1] != phase:
             break
         chain.append(users[0])
     first = _first_use(work, chain[-1])
@@ -121,7 +121,7 @@ def _wanted(work: Alive, ahead: _Ahead, node: fx.Node, sizes: Sequence[int]) -> 
 def _ready(work: Alive, node: fx.Node) -> int:
     """The first slot of the phase at which all that a collective sends exists."""
     made = [work.slot[arg] + 1 for arg in tensor_args(node) if arg in work.slot]
-    return max([0 if work.slot[node] < work.split else work.split, *made])
+    return max([work.phase(work.slot[node])[0], *made])
 
 
 def _takers(node: fx.Node) -> list[fx.Node]:
@@ -131,7 +131,7 @@ def _takers(node: fx.Node) -> list[fx.Node]:
 
 def _first_use(work: Alive, node: fx.Node) -> int:
     """The slot of the first op that takes what a collective gives; the end of its phase for what is only handed out or kept."""
-    end = work.phase_end(work.slot[node])
+    end = work.phase(work.slot[node])[1]
     return min([end, *(work.slot[u] for u in _takers(node) if u in work.slot)])
 
 
@@ -145,8 +145,8 @@ def _fit(work: Alive, wanted: Flight, limit: int) -> Flight:
     latest = max(wanted.come, at + 1) if node.users else at + 1
     work.add(at, at + 1, room.left - room.peak)
     work.add(at, latest, -room.left)
-    held = [s for s in map(lambda a: owner_of(work, a), tensor_args(node)) if s is not None] if room.holds else []
-    begin = max(wanted.go - (wanted.go < at), 0 if at < work.split else work.split)
+    held = [s for s in (owner_of(work, a) for a in tensor_args(node)) if s is not None] if room.holds else []
+    begin = max(wanted.go - (wanted.go < at), work.phase(at)[0])
     over = np.flatnonzero(work.memory[begin:at] + room.peak > limit)
     if len(over):
         begin = begin + int(over[-1]) + 1
@@ -171,7 +171,7 @@ def _fit(work: Alive, wanted: Flight, limit: int) -> Flight:
 
 
 def _rewrite(new: Draft, work: Alive, flights: Mapping[fx.Node, Flight]) -> None:
-    """All of forward, then all of backward, every collective where it goes and its wait where it comes."""
+    """All ops in emitted order, every collective where it goes and its wait where it comes."""
     busy = np.cumsum([0, *(_is_work(n, flights) for n in work.order)])
     starts: dict[int, list[tuple]] = {}
     ends: dict[int, list[tuple]] = {}

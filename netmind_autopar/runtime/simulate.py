@@ -84,7 +84,7 @@ def _check_taken(node: fx.Node, env: Mapping[fx.Node, PerRank], on_its_way: set[
         if arg not in env:
             raise GraphError(f"{node.name} takes {arg.name} before it is made", where=where)
         if arg.target in STARTS and (node.target is not wait or arg not in on_its_way):
-            what = "a second time" if arg not in on_its_way else "before it was waited for"
+            what = "a second time" if node.target is wait else "before it was waited for"
             raise GraphError(f"{node.name} takes {arg.name} {what}", where=where or arg.meta.get("where") or "")
     if node.op == "output" and on_its_way:
         first = next(n for n in node.graph.nodes if n in on_its_way)
