@@ -18,9 +18,11 @@ A profile is a .toml or .json file (examples/cluster.toml). Every number is requ
     [links.intra]                     inside a node: what one device can send, and the latency of one message
     bandwidth_bytes_s = 360e9
     latency_s = 2e-6
-    [links.inter]                     between nodes
+    [links.inter]                     between nodes; may be left out of a cluster that is one node
     bandwidth_bytes_s = 40e9
     latency_s = 5e-6
+
+`netmind-autopar calibrate` writes one that also holds curves (of the device, of the inner link) and how they were found.
 """
 
 from __future__ import annotations
