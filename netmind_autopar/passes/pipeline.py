@@ -40,6 +40,7 @@ class Lowering:
     sizes: tuple[int, ...]
     again: frozenset[tuple[str, int]] = frozenset()  # values that are converted again in backward
     away: Mapping[tuple[str, int], str] = field(default_factory=dict)  # values that wait for backward elsewhere, and where
+    names: Mapping[str, str] = field(default_factory=dict)  # the class of every node
 
 
 Pass = Callable[[Program, Lowering], Program]
@@ -57,6 +58,11 @@ PASSES: tuple[Pass, ...] = (
 
 def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
+    return run_passes(*prepare(program, rules, plan))
+
+
+def prepare(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[Program, Lowering]:
+    """The program that the passes begin with, global shapes, and what they read. Raises as `lower` does."""
     program, rules = in_turns(program, rules, plan.micro_batches)
     strategies = choices_to_strategies(program, rules, plan)
     rules = {**end_rules(program, plan.inputs), **rules}
@@ -67,7 +73,7 @@ def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
     new = rewritten(program, rules, names, plan.recompute)
     strategies |= {twin: strategies[original] for twin, original in new.twins.items()}
     conversions = Conversions(plan.links(), plan.random_costs)
-    return run_passes(new.program, Lowering(plan, new.rules, strategies, conversions, plan.sizes, again, away))
+    return new.program, Lowering(plan, new.rules, strategies, conversions, plan.sizes, again, away, new.names)
 
 
 def run_passes(program: Program, context: Lowering) -> Program:
