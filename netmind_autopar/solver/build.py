@@ -18,12 +18,14 @@ from torch import fx
 from ..costs.comm import BUCKET_BYTES, Conversions
 from ..costs.compute import FREE, node_prices, short_name
 from ..ir.mesh import Mesh
+from ..ir.plan import STATE_BUCKET_BYTES
 from ..ir.program import Input, Program, is_getitem, tensor_args, values
 from ..ir.spec import Spec
 from ..rules.algebra import Rule, Strategy, strategy_codes
 from .conversions import Use, end_rules, owner_of, regathered, uses, value_name, value_of
 from .fold import classes, signature
 from .layouts import Side, Specs, distinct, tables
+from .parking import with_state
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
 from .replay import refusal
 from .window import back, borders, gone
@@ -341,15 +343,9 @@ class _Build:
         return trained * self.local(kind) if trained else 0
 
     def parameter(self, kind: Kind, node: Node) -> Node:
-        """With the optimizer state of a class of parameters told apart. A class that is trained in part is parked as a whole."""
+        """With the optimizer state of a class of parameters told apart."""
         trained = [member for member in kind.members if member in self.trained]
-        if not trained or not self.states:
-            return node
-        each = self.states * self.conversions.local_bytes(self.column(kind, True, 0))
-        tiers = [self.parked.get(member) for member in trained]
-        if len(trained) < len(kind.members):
-            each, tiers = each * len(trained), tiers[:1]
-        return replace(node, state=each, here=len(tiers)).park(tiers.count("host"), tiers.count("disk"))
+        return with_state(node, trained, len(kind.members), self.states * self.local(kind), self.parked) if trained else node
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -402,7 +398,8 @@ def build(
         made.append(value)
         specs.append(spec)
         takers.append(tuple(work.uses[group[0]]))
-    host = mesh.device.host_bandwidth_bytes_s, mesh.device.host_memory_bytes, mesh.device.disk_bandwidth_bytes_s
+    at = mesh.device
+    host = at.host_bandwidth_bytes_s, at.host_memory_bytes, at.disk_bandwidth_bytes_s, STATE_BUCKET_BYTES
     problem = Problem(tuple(nodes), tuple(made), work.end + 1, 0, limit_bytes, work.forward_end, work.borders(), *host)
     problem = replace(problem, turns=work.turns)
     order = tuple(work.ops[min(m // 2, len(work.ops) - 1)] if work.ops else "" for m in range(work.end + 1))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from ..ir.errors import PlanError
 from ..ir.plan import Entry
 from ..ir.program import Program
+from .problem import Node
 
 OPTIMIZER = "optimizer"
 
@@ -34,3 +38,17 @@ def parked(program: Program, entries: Sequence[str], names: Mapping[str, str]) -
         for node in entry.of(members[entry.name]):
             out.setdefault(node, entry.tier)
     return out
+
+
+def with_state(node: Node, trained: Sequence[str], members: int, each: np.ndarray, tiers: Mapping[str, str]) -> Node:
+    """The node of a class of parameters with its optimizer state told apart, parked as `tiers` says.
+
+    trained: those of the class's `members` that have state, `each` bytes of it per strategy. A class that is trained in part is parked as
+    a whole or not at all.
+    """
+    if not each.any():
+        return node
+    where = [tiers.get(member) for member in trained]
+    if len(trained) < members:
+        each, where = each * len(trained), where[:1]
+    return replace(node, state=each, here=len(where)).park(where.count("host"), where.count("disk"))

@@ -124,6 +124,7 @@ class Problem:
     forward_end: the last moment of forward; -1 when there is no backward. borders: where stretches of ops begin, see window.py.
     host_bytes_s: what a link to host memory carries in one direction; 0 when nothing may wait there. host_limit_bytes: what may wait
     there at a time, None for no limit; what is more waits on disk, which takes disk_bytes_s.
+    bucket_bytes: of parked optimizer state, what is on the device at a time.
     turns: the problem is one of so many micro-batches of a step; all seconds are those of one.
     """
 
@@ -137,6 +138,7 @@ class Problem:
     host_bytes_s: float = 0.0
     host_limit_bytes: int | None = None
     disk_bytes_s: float = 0.0
+    bucket_bytes: int = STATE_BUCKET_BYTES
     prices: tuple[tuple[int, float], ...] = ()
     turns: int = 1
 
@@ -233,7 +235,7 @@ def parked_bytes(problem: Problem, choice: Sequence[int]) -> tuple[int, int]:
 def step_bytes(problem: Problem, choice: Sequence[int]) -> int:
     """What the optimizer has on the device of the state that waits elsewhere, at most."""
     sizes = [int(n.state[k]) for n, k in zip(problem.nodes, choice, strict=True) if n.state is not None and any(n.parked)]
-    return min(sum(parked_bytes(problem, choice)), max(STATE_BUCKET_BYTES, *sizes, 0))
+    return min(sum(parked_bytes(problem, choice)), max(problem.bucket_bytes, *sizes, 0))
 
 
 def link_s(problem: Problem, tier: str = "host") -> float:
@@ -242,10 +244,15 @@ def link_s(problem: Problem, tier: str = "host") -> float:
     return sum(1.0 / rate for rate in rates) if min(rates) > 0 else math.inf
 
 
+def parked_byte_s(problem: Problem, tier: str = "host") -> float:
+    """Seconds that a byte of optimizer state which waits elsewhere takes: once a step it travels out and back, and nothing hides that."""
+    return 2 * link_s(problem, tier) / problem.turns
+
+
 def parking_s(problem: Problem, choice: Sequence[int]) -> float:
-    """Seconds in which the step waits for parked state: it travels out and back, bucket after bucket, and nothing hides that."""
+    """Seconds in which the step waits for optimizer state."""
     pairs = zip(parked_bytes(problem, choice), ("host", "disk"), strict=True)
-    return sum(2 * size * link_s(problem, tier) for size, tier in pairs if size) / problem.turns
+    return sum(size * parked_byte_s(problem, tier) for size, tier in pairs if size)
 
 
 def profile(problem: Problem, choice: Sequence[int]) -> np.ndarray:

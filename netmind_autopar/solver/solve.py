@@ -53,8 +53,9 @@ def solve(
     memory_limit: bytes per device, the device's own memory when None. pins: parameter name -> placements: "S(0)" (on every axis),
     "R S(0)" or ("R", "S(0)") (one per axis) or {"tp": "S(0)"} (other axes free). forbid: parameter name -> placements that it must
     not have: "S(0)" or ("S(0)", "S(1)") (on any axis) or {"tp": "S(0)"} (on this one). random_costs: a seed for random prices.
-    offload: activations may wait for backward in host memory. time_limit: seconds for the solver, after which the best plan found is
-    returned as "feasible" with its true gap. gap: relative.
+    offload: activations and optimizer state may wait in host memory or on disk. time_limit: seconds for the solver, after which the
+    best plan found is returned as "feasible" with its true gap. gap: relative.
+    advise: what would fit is looked for when nothing does.
     Raises InputError (pins, optimizer), InfeasibleError (nothing fits), SolverError (nothing found in time).
     """
     start, clock = time.process_time(), time.monotonic()
@@ -89,6 +90,7 @@ def solve(
         offload=saving.offload,
         waits_s=saving.waits_s,
         byte_worth_s=saving.byte_worth_s,
+        state=saving.state,
     )
     return plan.timed(time.process_time() - start)
 
@@ -110,6 +112,7 @@ def assemble(
     offload: tuple[str, ...] = (),
     waits_s: float = 0.0,
     byte_worth_s: float = 0.0,
+    state: tuple[str, ...] = (),
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
     assert found.choice is not None
@@ -130,6 +133,7 @@ def assemble(
         offload=offload,
         cost=cost,
         mesh=tuple(PlanAxis.of(a) for a in mesh.axes),
+        state=state,
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
         collectives=collectives_of(built, found.choice, conversions),
         replicated=replicated_of(built, found.choice),

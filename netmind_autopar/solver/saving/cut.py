@@ -15,6 +15,7 @@ A view shares its base's memory and runs again for nothing.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .linear import Answer, Program
-from .tape import NONE, Op, Run, Saved, Tape
+from .place import Places
+from .tape import NONE, Names, Op, Run, Saved, Tape
 
 FAR = 1 << 60
 
@@ -212,13 +214,30 @@ class Cut:
         """Both are in layers, and not in the same one."""
         return maker is not None and min(self.layer(maker), self.layer(taker)) >= 0 and self.layer(maker) != self.layer(taker)
 
+    def placed(self, places: Places, disk: Names | None = None) -> Cut:
+        """The program for the tape when this optimizer state waits elsewhere."""
+        out = copy.copy(self)
+        out.tape, out.least = self.tape.placed(places, disk), None
+        out.problem = out.tape.problem
+        out.base = self.base + (out.tape.resident - self.tape.resident)
+        out.base[-1] += out.tape.step - self.tape.step
+        return out
+
     def solve(
-        self, prices: Mapping[int, float] | None = None, limit: int | None = None, rows: Sequence[int] = (), *, host: bool = False
+        self,
+        prices: Mapping[int, float] | None = None,
+        limit: int | None = None,
+        rows: Sequence[int] = (),
+        *,
+        host: bool = False,
+        park: bool = False,
+        room: int | None = None,
     ) -> Answer | None:
         """The cheapest shares when a byte that waits at moment m costs `prices[m]` seconds, or when `rows` stay within `limit` bytes.
 
-        host: things may wait elsewhere. None when no shares fit."""
-        work = Program(self, prices or {}, host and self.problem.host_bytes_s > 0)
+        host: things may wait elsewhere. park: optimizer state may. room: bytes that both may take there, None for no limit.
+        None when no shares fit."""
+        work = Program(self, prices or {}, host and self.problem.host_bytes_s > 0, park, room)
         numbers = {m: work.memory(m, limit or 0) for m in rows}
         return work.answer(numbers, limit or 0)
 

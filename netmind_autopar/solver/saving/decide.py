@@ -17,13 +17,15 @@ from .. import milp
 from ..build import Built, build
 from ..conversions import end_rules, regathered
 from ..fold import classes
+from ..parking import OPTIMIZER, parked
 from ..presolve import Kept, cells, reduce
 from ..problem import Problem, evaluate
 from ..replay import offloaded, rewritten
 from ..search import solve_problem
 from ..shard import Solution
 from .joint import Joint, solve_joint
-from .tape import Saved
+from .place import Places
+from .tape import Names, Saved
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Decision:
     recompute: tuple[str, ...] = ()
     regather: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
     waits_s: float = 0.0
     byte_worth_s: float = 0.0
 
@@ -61,7 +64,7 @@ class Task:
     conversions: Conversions
     inputs: str
     states: int
-    offload: bool = False  # activations may wait in host memory
+    offload: bool = False  # activations and optimizer state may wait elsewhere
 
     @functools.cached_property
     def known(self) -> tuple[dict[str, Rule], dict[str, str]]:
@@ -70,9 +73,14 @@ class Task:
         return rules, classes(self.program, rules)
 
     def build(
-        self, recompute: tuple[str, ...] = (), regather: tuple[str, ...] = (), offload: tuple[str, ...] = (), limit: int | None = None
+        self,
+        recompute: tuple[str, ...] = (),
+        regather: tuple[str, ...] = (),
+        offload: tuple[str, ...] = (),
+        limit: int | None = None,
+        state: tuple[str, ...] = (),
     ) -> Built:
-        """The problem of the program that runs when this is recomputed, regathered and offloaded."""
+        """The problem of the program that runs when this is recomputed, regathered and offloaded, and this state waits elsewhere."""
         program, rules, again = self.program, self.rules, frozenset()  # type: ignore[var-annotated]
         away: dict[tuple[str, int], str] = {}
         if recompute or regather or offload:
@@ -92,6 +100,7 @@ class Task:
             limit_bytes=limit,
             regather=again,
             away=away,
+            parked=parked(self.program, state, self.known[1]) if state else None,
         )
 
 
@@ -120,18 +129,19 @@ def within(task: Task, built: Built, first: Solution, limit: int, *, allowed: Ke
 
 def _written(task: Task, built: Built, joint: Joint, limit: int, gap: float) -> Decision:
     """The joint plan as names, counted out on the rewritten program."""
-    recompute, regather, offload = entries(built.problem, joint.saved)
-    new = task.build(recompute, regather, offload, limit)
+    recompute, regather, offload = entries(built.problem, joint.saved, joint.disk)
+    state = state_entries(built.problem, joint.places)
+    new = task.build(recompute, regather, offload, limit, state)
     at = {kind.name: k for kind, k in zip(built.kinds, joint.choice, strict=True)}
     choice = tuple(at[kind.name] for kind in new.kinds)
     seconds, peak, _ = evaluate(new.problem, choice)
     if peak > limit:
-        return Decision(new, Solution(choice, math.inf, joint.bound, milp.INFEASIBLE), recompute, regather, offload)
+        return Decision(new, Solution(choice, math.inf, joint.bound, milp.INFEASIBLE), recompute, regather, offload, state)
     seconds += joint.waits_s
     bound = min(joint.bound, seconds)
     closed = seconds - bound <= gap * abs(seconds)
     solution = Solution(choice, seconds, bound, milp.OPTIMAL if closed else milp.FEASIBLE)
-    return Decision(new, solution, recompute, regather, offload, joint.waits_s, sum(joint.prices.values()))
+    return Decision(new, solution, recompute, regather, offload, state, joint.waits_s, sum(joint.prices.values()))
 
 
 def _without_recompute(task: Task, limit: int, *, allowed: Kept | None, bound: float, time_limit: float, gap: float) -> Decision:
@@ -145,8 +155,9 @@ def _without_recompute(task: Task, limit: int, *, allowed: Kept | None, bound: f
     return Decision(built, replace(found, bound=bound, status=milp.OPTIMAL if closed else milp.FEASIBLE), (), regather)
 
 
-def entries(problem: Problem, saved: Saved) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """`recompute`, `regather` and `offload` of a plan: names, with a slice where not all members are meant."""
+def entries(problem: Problem, saved: Saved, disk: Names | None = None) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """`recompute`, `regather` and `offload` of a plan: names, with a slice where not all members are meant. disk: of what waits
+    elsewhere, that on disk."""
     recompute: list[str] = []
     for n, ranks in sorted(saved.recompute.items()):
         node = problem.nodes[n]
@@ -155,7 +166,18 @@ def entries(problem: Problem, saved: Saved) -> tuple[tuple[str, ...], tuple[str,
     for value in problem.values:
         sizes[value.name] = sizes.get(value.name, 0) + value.count
 
-    def named(names: Mapping[str, frozenset[int]]) -> tuple[str, ...]:
-        return tuple(entry for name, ranks in sorted(names.items()) for entry in entries_of(name, ranks, sizes[name]))
+    def named(names: Names, tier: str = "host") -> tuple[str, ...]:
+        return tuple(entry for name, ranks in sorted(names.items()) for entry in entries_of(name, ranks, sizes[name], tier))
 
-    return tuple(recompute), named(saved.regather), named(saved.offload)
+    host = {name: ranks - (disk or {}).get(name, frozenset()) for name, ranks in saved.offload.items()}
+    return tuple(recompute), named(saved.regather), named(host) + named(disk or {}, "disk")
+
+
+def state_entries(problem: Problem, places: Places) -> tuple[str, ...]:
+    """`state` of a plan: of each class the first parameters in host memory, the next on disk."""
+    out: list[str] = []
+    for n, (host, disk) in sorted(places.items()):
+        node = problem.nodes[n]
+        out += entries_of(node.name, range(host), node.here, "host", OPTIMIZER)
+        out += entries_of(node.name, range(host, host + disk), node.here, "disk", OPTIMIZER)
+    return tuple(out)

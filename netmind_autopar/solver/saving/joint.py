@@ -11,16 +11,17 @@ import itertools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..presolve import Kept, reduce
 from ..problem import Choice, Problem, seconds
 from ..search import quick
 from .cut import Cut
 from .mix import Fit, fit, least
+from .place import Places, parkable_bytes, places
 from .polish import polish
 from .price import priced, shares
-from .tape import Saved, Tape
+from .tape import Names, Run, Saved, Tape
 
 SHARES = (0.6, 0.3, 0.8)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
 FEW = 128  # shardings that are all looked at
@@ -32,6 +33,7 @@ HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; share
 @dataclass(frozen=True)
 class Joint:
     """A sharding and what is saved under it. seconds and peak as the tape counts them; no plan within the limit takes less than `bound`.
+    places: optimizer state that waits elsewhere. disk: of the values that wait for backward elsewhere, those on disk.
 
     When nothing fits, `fits` is False and the plan is the one with the least peak that was found."""
 
@@ -43,6 +45,8 @@ class Joint:
     fits: bool
     prices: Mapping[int, float]
     waits_s: float = 0.0
+    places: Places = field(default_factory=dict)
+    disk: Names = field(default_factory=dict)
 
 
 class _Search:
@@ -114,15 +118,16 @@ def _polish(search: _Search) -> None:
     fits = [(found.run.seconds, choice, cut, found) for choice, (cut, found) in search.tried.items() if found is not None]
     for _, choice, cut, found in sorted(fits, key=lambda way: way[:2])[:BEST]:
         tries = max(POLISH // (len(fits[:BEST]) * max(len(cut.tape.ops), 1)), 4)
-        saved, run = polish(cut.tape, found.saved, found.run, search.limit, tries)
+        saved, run = polish(found.tape, found.saved, found.run, search.limit, tries)
         if search.best is None or run.seconds < search.best[0]:
             search.best = run.seconds, choice, replace(found, saved=saved, run=run)
 
 
 def _fall(search: _Search, cut: Cut) -> None:
     """Nothing fits at the cheapest sharding: make memory dearer until a sharding is found under which something does, then less dear."""
-    run = cut.tape.run()  # no number here depends on the limit: what a refusal says is needed is then found
-    moment, unit = int(cut.base.argmax()), run.seconds / max(run.peak, 1)
+    bare = _emptied(cut)[0]
+    run = bare.tape.run()  # no number here depends on the limit: what a refusal says is needed is then found
+    moment, unit = int(bare.base.argmax()), run.seconds / max(run.peak, 1)
     low = high = 0.0
     for factor in FIRST:
         choice = search.step(cut, {moment: unit * factor}, None)
@@ -147,9 +152,21 @@ def _result(search: _Search) -> Joint:
     if search.best is not None:
         _polish(search)
         best_s, choice, found = search.best
-        return Joint(choice, found.saved, best_s, found.run.peak, min(search.bound, best_s), True, found.prices, found.run.waits_s)
-    ways = [(*least(cut.tape, cut), choice) for choice, (cut, _) in search.tried.items()]
-    saved, run, choice = min(ways, key=lambda way: way[1].peak)
+        bound = min(search.bound, best_s)
+        run = found.run
+        return Joint(choice, found.saved, best_s, run.peak, bound, True, found.prices, run.waits_s, run.places, found.tape.disk)
+    ways: list[tuple[Saved, Run, Choice, Places]] = []
+    for choice, (cut, _) in search.tried.items():
+        bare, state = _emptied(cut)
+        ways += [(*least(cut.tape, cut), choice, {}), *([(*least(bare.tape, bare), choice, state)] if state else [])]
+    saved, run, choice, state = min(ways, key=lambda way: way[1].peak)
     if run.peak <= search.limit:
-        return Joint(choice, saved, run.seconds, run.peak, min(search.bound, run.seconds), True, {}, run.waits_s)
-    return Joint(choice, saved, math.inf, run.peak, search.bound, False, {})
+        return Joint(choice, saved, run.seconds, run.peak, min(search.bound, run.seconds), True, {}, run.waits_s, state)
+    return Joint(choice, saved, math.inf, run.peak, search.bound, False, {}, 0.0, state)
+
+
+def _emptied(cut: Cut) -> tuple[Cut, Places]:
+    """With all optimizer state elsewhere that may be; and that."""
+    problem, choice = cut.problem, cut.tape.choice
+    state = places(problem, choice, parkable_bytes(problem, choice))
+    return (cut.placed(state), state) if state else (cut, state)

@@ -1,4 +1,8 @@
-"""The linear program of cut.py: shares of layers that run again, are converted again, wait elsewhere, or are kept."""
+"""The linear program of cut.py: shares of layers that run again, are converted again, wait elsewhere, or are kept.
+
+With `park` there is one more column, s ∈ [0, 1], the share of all optimizer state S that waits elsewhere between steps: it costs
+2 S / bandwidth, and every moment's row gets -S s, the optimizer's -(S - a bucket) s.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import milp
+from ..problem import parked_byte_s
+from .place import parkable_bytes
 
 if TYPE_CHECKING:
     from .cut import Cut, Thing
@@ -23,7 +29,7 @@ class Answer:
 
     offload: per thing the share that waits elsewhere. host: what a second more of transfers would save, out and back, in seconds.
     prices: of memory at the rows' moments, seconds per byte. links[j, i]: what part j, when it runs again, pays for having thing i,
-    and what i's origin earns by being there and by being kept, seconds.
+    and what i's origin earns by being there and by being kept, seconds. parked: bytes of optimizer state that wait elsewhere.
     """
 
     recompute: Mapping[int, float]
@@ -34,12 +40,13 @@ class Answer:
     offload: Mapping[int, float]
     host: tuple[float, float]
     links: Mapping[tuple[int, int], tuple[float, float, float]]
+    parked: float = 0.0
 
 
 class Program:
     """The linear program. Seconds and bytes are scaled to about one."""
 
-    def __init__(self, cut: Cut, prices: Mapping[int, float], host: bool) -> None:
+    def __init__(self, cut: Cut, prices: Mapping[int, float], host: bool, park: bool = False, room: int | None = None) -> None:
         self.cut, self.model, self.host = cut, milp.Model(), host
         self.o: dict[int, int] = {}
         self.waits: list[int] = []
@@ -57,6 +64,12 @@ class Program:
             self._thing(i, thing, float(charge[i]) * thing.bytes / self.scale)
         self._takes()
         self.link = self._link() if host else ()
+        self.state = parkable_bytes(cut.problem, cut.tape.choice) if park else 0
+        self.s = self.model.var(self.state * parked_byte_s(cut.problem) / self.scale + 1e-7, True) if self.state else None
+        if room is not None:
+            terms = {o: len(cut.things[i].items) * cut.things[i].bytes / max(room, 1) for i, o in self.o.items()}
+            terms |= {self.s: self.state / max(room, 1)} if self.s is not None else {}
+            self.model.row(terms or {self.model.var(): 0.0}, -math.inf, 1.0)
 
     def _link(self) -> tuple[int, ...]:
         """Transfers out hide behind forward, those back behind backward; what does not hide is waited for. The numbers of both rows."""
@@ -146,6 +159,9 @@ class Program:
             k = self.k[i]
             if k is not None and cut.gap[i, moment]:
                 terms[k] = terms.get(k, 0.0) + float(cut.gap[i, moment]) * thing.bytes * unit
+        if self.s is not None:
+            bucket = min(self.state, cut.problem.bucket_bytes) if moment == cut.problem.moments - 1 else 0
+            terms[self.s] = -float(self.state - bucket) * unit
         self.model.row(terms or {self.model.var(): 0.0}, -math.inf, (limit - float(cut.base[moment])) * unit)
         return len(self.model.rows) - 1
 
@@ -163,7 +179,10 @@ class Program:
         offload = {i: float(x[v]) for i, v in self.o.items() if x[v] > 1e-6}
         seconds += sum(float(x[v]) for v in self.waits) * self.scale
         host = tuple(float(duals[row]) for row in self.link) or (0.0, 0.0)
-        return Answer(recompute, again, kept, float(seconds), prices, offload, host, self._links(duals * self.scale))  # type: ignore[arg-type]
+        share = 0.0 if self.s is None else float(x[self.s])
+        seconds += share * self.state * parked_byte_s(self.cut.problem) if share else 0.0
+        links = self._links(duals * self.scale)
+        return Answer(recompute, again, kept, float(seconds), prices, offload, host, links, share * self.state)  # type: ignore[arg-type]
 
     def _links(self, duals: np.ndarray) -> dict[tuple[int, int], tuple[float, float, float]]:
         out = {}

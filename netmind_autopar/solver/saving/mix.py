@@ -8,12 +8,14 @@ again needs meanwhile) is counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .cut import Answer, Cut, Way
+from .place import host_bytes, on_disk, places
 from .tape import Run, Saved, Tape
 
 ROWS = 8  # rounds of adding crowded moments
@@ -25,21 +27,47 @@ DEARER = (1 + EDGE, 1.1, 1.5, 3.0, 10.0)  # the dearer way's price is this times
 
 @dataclass(frozen=True)
 class Fit:
-    """What to do so that a choice fits, what that costs, and what memory is worth: seconds per byte at crowded moments."""
+    """What to do so that a choice fits, what that costs, and what memory is worth: seconds per byte at crowded moments.
+
+    tape: that the run is of, with what it says about where things wait."""
 
     saved: Saved
     run: Run
     prices: Mapping[int, float]
     answer: Answer
+    tape: Tape
 
 
 def fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
     """The cheapest found way to stay within `limit` bytes; None when there is none."""
     ways = [_fit(tape, cut, limit)]
-    if tape.problem.host_bytes_s > 0 and (answer := crowd(cut, limit, host=True)) and (names := _sent(cut, answer)):
-        other = _fit(tape, Cut(tape, names), limit)
-        ways.append(replace(other, prices=answer.prices, answer=answer) if other else None)
+    if tape.problem.host_bytes_s > 0:
+        ways = [_parked(way, tape.within(limit)) for way in ways if way is not None]
+        answer = crowd(cut, limit, host=True, park=True)
+        ways.append(_elsewhere(cut, answer, limit) if answer else None)
+        if answer and answer.parked:  # none made again that could be parked for
+            ways.append(_elsewhere(cut, replace(answer, parked=math.inf), limit))
+        if answer and answer.offload and answer.parked and (other := crowd(cut, limit, park=True)):
+            ways.append(_elsewhere(cut, other, limit))
+        if any(way is not None and way.tape.disk for way in ways):
+            other = crowd(cut, limit, host=True, park=True, room=cut.problem.host_limit_bytes)
+            ways.append(_elsewhere(cut, other, limit) if other else None)
     return min((way for way in ways if way is not None), key=lambda way: way.run.seconds, default=None)
+
+
+def _elsewhere(cut: Cut, answer: Answer, limit: int) -> Fit | None:
+    """The way in which as much waits elsewhere as the linear program says; None when that does not fit."""
+    tape, names = cut.tape, _sent(cut, answer)
+    state = places(tape.problem, tape.choice, answer.parked)
+    disk, room = on_disk(tape, names, host_bytes(tape.problem, tape.choice, state))
+    there = cut.placed(state, disk)
+    found = _fit(there.tape, Cut(there.tape, names) if names else there, limit)
+    return _parked(replace(found, prices=answer.prices, answer=answer), tape.within(limit, disk, room)) if found else None
+
+
+def _parked(found: Fit, tape: Tape) -> Fit:
+    """With no more optimizer state elsewhere than memory asks for."""
+    return replace(found, run=tape.run(found.saved), tape=tape)
 
 
 def _sent(cut: Cut, answer: Answer) -> dict[str, frozenset[int]]:
@@ -54,7 +82,7 @@ def _sent(cut: Cut, answer: Answer) -> dict[str, frozenset[int]]:
 
 def _fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
     found, first = _approach(tape, cut, limit)
-    return Fit(*found, first.prices, first) if found is not None and first is not None else None
+    return Fit(*found, first.prices, first, tape) if found is not None and first is not None else None
 
 
 def _approach(tape: Tape, cut: Cut, limit: int) -> tuple[tuple[Saved, Run] | None, Answer | None]:
@@ -116,7 +144,7 @@ def _between(tape: Tape, cut: Cut, answer: Answer, limit: int) -> tuple[tuple[Sa
     return (found if seen is None else None), over
 
 
-def crowd(cut: Cut, limit: int, *, host: bool = False) -> Answer | None:
+def crowd(cut: Cut, limit: int, *, host: bool = False, park: bool = False, room: int | None = None) -> Answer | None:
     """The linear program with the rows of all moments that matter."""
     sizes = np.array([thing.bytes for thing in cut.things], np.int64)
     rows = [int(cut.base.argmax())]
@@ -124,10 +152,12 @@ def crowd(cut: Cut, limit: int, *, host: bool = False) -> Answer | None:
     rows += [m for m in (int(start.argmax()),) if m not in rows]
     answer: Answer | None = None
     for _ in range(ROWS):
-        answer = cut.solve(limit=limit, rows=rows, host=host)
+        answer = cut.solve(limit=limit, rows=rows, host=host, park=park, room=room)
         if answer is None:
             return None
         profile = cut.base + (sizes * answer.kept) @ cut.gap if len(sizes) else cut.base
+        profile = profile - answer.parked
+        profile[-1] += min(answer.parked, cut.problem.bucket_bytes)
         worst = int(profile.argmax())
         if profile[worst] <= limit * (1 + 1e-6) or worst in rows:
             break

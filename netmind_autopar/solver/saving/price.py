@@ -14,6 +14,10 @@ Any y, z ≥ 0 give a bound. Good ones are what availability costs: α_v(p) = mi
 each op that may run again bears its share, z_t = share_t α_v and y_t(q) = min_p (share C(p, q) + z_t(p)). The shares are taken from
 the linear program of cut.py at the choice in hand.
 
+Optimizer state S(k) of a parameter may wait elsewhere for c seconds per byte, and is then charged nothing: its node pays
+-max(0, Σ λ_m - c) S(k). At the optimizer's moment a bucket B of it is back: x bytes elsewhere free max(0, x - B) there, which is at
+most x (1 - B / S) for the largest S that all parameters together can have, so that moment's λ counts with that factor.
+
 A conversion that both phases want is made twice or kept: C for one of them, C + e = C + min(C, Λ (copy - least bytes kept)) for
 both. Charging forward e, backward e and both together C - e is the same, so two values say it.
 """
@@ -26,7 +30,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..problem import BACKWARD, FORWARD, Node, Problem, Value
+from ..problem import BACKWARD, FORWARD, Node, Problem, Value, parked_byte_s
 from .cut import Answer, Cut
 
 
@@ -101,14 +105,31 @@ class _Priced:
         self.pays: dict[tuple[int, int], np.ndarray] = {}  # y per target state, all instances together
         self.earns: dict[tuple[int, int], np.ndarray] = {}  # z per source state: for being there,
         self.keeps: dict[tuple[int, int], np.ndarray] = {}  # and for being kept
-        self.nodes = list(problem.nodes)
+        gain = self._gain(prices)
+        self.nodes = [self._parked(node, gain) for node in problem.nodes]
         first = sorted((node.moments[0], n) for n, node in enumerate(problem.nodes) if node.again)
         for v, value in enumerate(problem.values):
             if not problem.nodes[value.node].again:
                 self._earn(v, np.zeros(len(value.bytes)))
-                self._pay(v, problem.nodes[value.node].seconds + sum(prices.values()) * problem.nodes[value.node].resident, 1)
+                self._pay(v, self.nodes[value.node].seconds + sum(prices.values()) * problem.nodes[value.node].resident, 1)
         for _, n in first:
             self._node(n)
+
+    def _gain(self, prices: Mapping[int, float]) -> float:
+        """Seconds per byte of optimizer state that waits elsewhere, at most."""
+        problem = self.problem
+        most = sum(node.here * float(node.state.max()) for node in problem.nodes if node.state is not None)
+        share = max(0.0, 1.0 - problem.bucket_bytes / most) if most else 0.0
+        freed = sum(price * (share if m == problem.moments - 1 else 1.0) for m, price in prices.items())
+        return freed - parked_byte_s(problem)
+
+    def _parked(self, node: Node, gain: float) -> Node:
+        """What a byte of optimizer state gains by waiting elsewhere, taken off; the most that it can be is taken off for all alike."""
+        if node.state is None or gain <= 0.0 or not node.here:
+            return node
+        most = gain * node.here * float(node.state.max())
+        self.shift += most
+        return replace(node, seconds=node.seconds + most - gain * node.here * node.state)
 
     def _gap(self, value: Value, until: np.ndarray) -> np.ndarray:
         """Per instance the prices of the moments at which it only waits for backward, whatever is chosen."""

@@ -6,18 +6,24 @@ available in the same way. Running the tape counts seconds and bytes out exactly
     recompute[n]      the instances of node n, by position, that run again in backward when something there needs them
     regather[name]    the values of this name, by position, that are converted again in backward
     offload[name]     the values of this name, by position, that wait for backward elsewhere
+
+Optimizer state may wait elsewhere too: what does is given (`placed`), or as little as makes a run fit (`within`). Which of the values
+that wait elsewhere do so on disk is given.
 """
 
 from __future__ import annotations
 
+import copy
 import heapq
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..problem import Choice, Problem, resident_bytes
+from ..problem import Choice, Problem, link_s, parking_s, resident_bytes, step_bytes
+from .place import Places, places
 
 Counts = Mapping[int, frozenset[int]]
 Names = Mapping[str, frozenset[int]]
@@ -49,13 +55,16 @@ class Op:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of the tape counts: seconds of everything, of what runs a second time, of waiting for transfers; bytes at every event."""
+    """What a run of the tape counts: seconds of everything, of what runs a second time, of waiting for transfers; bytes at every event.
+
+    The last event is the optimizer's step. places: the optimizer state that waits elsewhere so that the run fits (`Tape.within`)."""
 
     seconds: float
     again_s: float
     waits_s: float
     memory: np.ndarray
     moments: np.ndarray
+    places: Places = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -89,7 +98,10 @@ class Tape:
         self.maker: list[Op | None] = []
         self.again: list[bool] = []  # a copy that `regather` can give up
         self.holds: dict[int, int] = {}  # tensors that the caller holds until a moment, whatever happens
-        self.resident = resident_bytes(problem, choice)
+        self.disk: Names = {}
+        self.limit: int | None = None  # what optimizer state leaves for, and the room of host memory for it
+        self.host_room: int | None = None
+        self._resident()
         ops: dict[int, Op] = {}
         for n, node in enumerate(problem.nodes):
             each = float(node.seconds[choice[n]]) / max(len(node.moments), 1)
@@ -99,6 +111,25 @@ class Tape:
         for v in range(len(problem.values)):
             self._value(v, ops, finals)
         self.ops = sorted([*ops.values(), *finals], key=lambda op: (op.moment, op.final))
+
+    def _resident(self) -> None:
+        """What is always there, what the optimizer's moment needs besides, and the seconds that waiting for that takes."""
+        self.resident = resident_bytes(self.problem, self.choice)
+        self.step, self.parking_s = step_bytes(self.problem, self.choice), parking_s(self.problem, self.choice)
+
+    def placed(self, found: Places, disk: Names | None = None) -> Tape:
+        """The tape when this optimizer state waits elsewhere; disk: of the values that wait for backward, those on disk."""
+        out = copy.copy(self)
+        nodes = tuple(node.park(*found[n]) if n in found else node for n, node in enumerate(self.problem.nodes))
+        out.problem, out.disk = replace(self.problem, nodes=nodes), self.disk if disk is None else disk
+        out._resident()
+        return out
+
+    def within(self, limit: int, disk: Names | None = None, room: int | None = None) -> Tape:
+        """The tape whose runs have as little optimizer state elsewhere as makes them fit. room: bytes of host memory for it."""
+        out = copy.copy(self)
+        out.limit, out.host_room, out.disk = limit, room, disk or {}
+        return out
 
     def _value(self, v: int, ops: dict[int, Op], finals: list[Op]) -> None:
         value, choice = self.problem.values[v], self.choice
@@ -155,7 +186,21 @@ class Tape:
 
     def run(self, saved: Saved | None = None) -> Run:
         """Seconds and memory of the step when this is done to save memory."""
-        return _Runner(self, saved or Saved()).run()
+        run = _Runner(self, saved or Saved()).run()
+        return run if self.limit is None or run.peak <= self.limit else self._fitted(run, self.limit)
+
+    def _fitted(self, run: Run, limit: int) -> Run:
+        """The run with optimizer state elsewhere, all of it when that is not enough."""
+        before, last = int(run.memory[:-1].max(initial=0)), int(run.memory[-1])
+        for need in (before - limit, max(before, last + self.problem.bucket_bytes) - limit, math.inf):
+            found = places(self.problem, self.choice, need, self.host_room)
+            there = self.placed(found)
+            memory = run.memory + (there.resident - self.resident)
+            memory[-1] += there.step - self.step
+            if memory.max() <= limit:
+                break
+        waits = there.parking_s - self.parking_s
+        return replace(run, seconds=run.seconds + waits, waits_s=run.waits_s + waits, memory=memory, places=found)
 
 
 class _Runner:
@@ -176,6 +221,7 @@ class _Runner:
         self.seconds = self.again_s = 0.0
         self.time: list[float] = []  # when an event ends
         self.waits = self.out_free = self.in_free = 0.0
+        self.link_s = {tier: link_s(tape.problem, tier) for tier in ("host", "disk")}
         self.leaving: list[tuple[int, float]] = []  # until when (moment) a copy out must have arrived, and when it does
         self.away = [False] * n
         values = tape.problem.values
@@ -202,6 +248,7 @@ class _Runner:
             self._emit(op, op.moment)
             if op.final >= 0:
                 self.until += [(self.now[t], op.final) for t in op.takes]
+        self._event(tape.problem.moments - 1, 0.0)  # the optimizer's
         return self._count()
 
     def _event(self, moment: int, seconds: float) -> int:
@@ -216,11 +263,16 @@ class _Runner:
     def _send(self, t: int, event: int, moment: int) -> None:
         """The copy out starts; the memory is given back at a border of blocks."""
         borders, end = self.tape.problem.borders, self.tape.problem.forward_end
-        self.out_free = max(self.out_free, self.seconds + self.waits) + self.tape.bytes[t] / self.tape.problem.host_bytes_s
+        self.out_free = max(self.out_free, self.seconds + self.waits) + self._travel(t)
         after = bisect_right(borders, moment) + 1
         arrived = borders[after] if after < len(borders) and borders[after] <= end else end + 1
         heapq.heappush(self.leaving, (arrived, self.out_free))
         self.until.append((self.now[t], arrived - 1))
+
+    def _travel(self, t: int) -> float:
+        """Seconds of a copy in one direction."""
+        away = self.tape.rank[t] in self.tape.disk.get(self.tape.problem.values[self.tape.value[t]].name, NONE)
+        return self.tape.bytes[t] * self.link_s["disk" if away else "host"]
 
     def _arrive(self, moment: int) -> None:
         while self.leaving and self.leaving[0][0] <= moment:
@@ -232,7 +284,7 @@ class _Runner:
         first = bisect_right(borders, end)
         come = borders[max(bisect_right(borders, moment + 1) - 2, first)] if first < len(borders) else moment
         event = min(bisect_left(self.moment, come), len(self.moment) - 1)
-        self.in_free = max(self.in_free, self.time[event]) + self.tape.bytes[t] / self.tape.problem.host_bytes_s
+        self.in_free = max(self.in_free, self.time[event]) + self._travel(t)
         self._begin(t, event)
         self._wait(self.in_free)
         self.last[self.now[t]] = len(self.moment) - 1
@@ -318,4 +370,6 @@ class _Runner:
         memory = np.cumsum(steps[:-1]) + self.tape.resident
         for event, room in self.room:
             memory[event] += room
-        return Run(self.seconds + self.waits, self.again_s, self.waits, memory, moments)
+        memory[-1] += self.tape.step
+        waits = self.waits + self.tape.parking_s
+        return Run(self.seconds + waits, self.again_s, waits, memory, moments)
