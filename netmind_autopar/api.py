@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .arguments import check_model, check_plan_mesh, mesh_or_devices, parse_memory, running_mesh
 from .costs.device import default_cluster, make_mesh
+from .costs.timeline import Timeline
 from .ir import flags
 from .ir.collector import collector_off
 from .ir.errors import InputError, UnknownOpError
@@ -20,6 +21,7 @@ from .ir.plan import Plan
 from .ir.program import Program, op_name
 from .passes.emit import emit
 from .passes.pipeline import lower
+from .passes.timing import mesh_of, plan_timeline, with_timeline
 from .rules.algebra import Rule
 from .rules.bind import bind_program, learnt_rules, unlisted
 from .rules.call import call_of
@@ -27,13 +29,14 @@ from .rules.learnt import share
 from .runtime.agree import all_alike, from_rank_zero, together
 from .runtime.module import Executable, ParallelModule
 from .solver.baselines import solve_baseline
+from .solver.batches import solve_batches
 from .solver.conversions import end_rules
 from .solver.fold import classes
 from .solver.meshes import Devices, search_meshes
+from .solver.micro import in_turns
+from .solver.parking import parked
 from .solver.pins import Pin
 from .solver.recipes import Baseline
-from .solver.parking import parked
-from .solver.solve import solve
 from .tracer.capture import capture
 from .tracer.hash import graph_hash
 
@@ -54,6 +57,7 @@ def plan(
     forbid: Mapping[str, Pin] | None = None,
     baseline: Baseline | None = None,
     checkpoint: bool = False,
+    micro_batches: int | None = None,
     inputs: Literal["global", "local"] = "global",
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
@@ -63,6 +67,7 @@ def plan(
     gap: float = 1e-4,
     offload: bool = False,
     strict: bool = False,
+    timeline: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide how `model` runs on `mesh`; needs no process group, no accelerator and no weights.
@@ -71,9 +76,11 @@ def plan(
     a mesh, so many devices of the cluster on the best mesh; `Plan.alternatives` lists the others. cluster: a preset or a profile
     file; the present machine when None. memory: bytes or "70GiB" per device; the device's own when None. pins: {"lm_head.weight":
     "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
-    (docs/baselines.md), checkpoint: and runs every block again in backward. outputs: names to keep, all when None. mode: "inference"
-    plans forward alone. offload: activations may wait for backward in host memory. random_costs: a seed; prices are then drawn, which
-    makes plans odd but no less exact. strict: an op without a rule is an error.
+    (docs/baselines.md), checkpoint: and runs every block again in backward. micro_batches: how many the step is made of, run one
+    after the other with gradients added up; None: one, unless more fit where it does not, or are faster. outputs: names to keep, all
+    when None. mode: "inference" plans forward alone. offload: activations may wait for backward in host memory. random_costs: a seed;
+    prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
+    timeline: also simulate the step with collectives beside compute and fill in `Plan.cost.timeline_s` (it lowers the program).
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """
     say = progress or (lambda _: None)
@@ -88,6 +95,7 @@ def plan(
         memory=memory,
         baseline=baseline,
         checkpoint=checkpoint,
+        micro_batches=micro_batches,
         optimizer=optimizer,
         pins=pins,
         forbid=forbid,
@@ -97,6 +105,7 @@ def plan(
         gap=gap,
         offload=offload,
         strict=strict,
+        timeline=timeline,
     )
     _warn_of_replicated(found)
     return found.timed(time.process_time() - start)
@@ -114,6 +123,7 @@ def autoparallelize(
     pins: Mapping[str, Pin] | None = None,
     forbid: Mapping[str, Pin] | None = None,
     baseline: Baseline | None = None,
+    micro_batches: int | None = None,
     inputs: Literal["global", "local"] = "global",
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
@@ -143,6 +153,7 @@ def autoparallelize(
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
     options |= {
         "baseline": baseline,
+        "micro_batches": micro_batches,
         "random_costs": random_costs,
         "time_limit": time_limit,
         "gap": gap,
@@ -185,6 +196,15 @@ def parked_parameters(program: Program, plan: Plan) -> dict[str, str]:
     return {item.name: waiting[item.node] for item in program.inputs if item.node in waiting}
 
 
+def step_timeline(model: nn.Module, sample_inputs: Any, plan: Plan, *, cluster: str | None = None, **capturing: Any) -> Timeline:
+    """What runs when in a step of a plan: see costs/timeline.py; `costs.timeline.trace` writes it for Perfetto.
+
+    cluster: whose prices count, the plan's own when None. capturing: `outputs` and `differentiable` as they were for the plan.
+    """
+    program = capture(check_model(model), sample_inputs, mode=plan.mode, **capturing)
+    return plan_timeline(program, bind_program(program), plan, mesh_of(plan, cluster))
+
+
 def lower_plan(program: Program, plan: Plan) -> Program:
     """The program of one device, rank-symbolic."""
     return lower(program, bind_program(program), plan)
@@ -207,7 +227,9 @@ def plan_program(
     memory: str | int | None = None,
     baseline: Baseline | None = None,
     checkpoint: bool = False,
+    micro_batches: int | None = None,
     strict: bool = False,
+    timeline: bool = False,
     time_limit: float = 60.0,
     **options: Any,
 ) -> Plan:
@@ -227,8 +249,9 @@ def plan_program(
     def decide(mesh: Mesh, seconds: float) -> Plan:
         if baseline is not None:
             fixed = {key: value for key, value in known.items() if key != "offload"}
-            return solve_baseline(program, rules, mesh, baseline, checkpoint=checkpoint, cluster=mesh.cluster, time_limit=seconds, **fixed)
-        return solve(program, rules, mesh, cluster=mesh.cluster, time_limit=seconds, **known)
+            turns = in_turns(program, rules, micro_batches or 1)
+            return solve_baseline(*turns, mesh, baseline, checkpoint=checkpoint, cluster=mesh.cluster, time_limit=seconds, **fixed)
+        return solve_batches(program, rules, mesh, micro_batches, say, cluster=mesh.cluster, time_limit=seconds, **known)
 
     if isinstance(where, Devices):
         shared = {k: options[k] for k in ("optimizer", "inputs", "random_costs", "gap") if k in options}
@@ -236,6 +259,10 @@ def plan_program(
     else:
         say("choosing shardings")
         found = decide(where, time_limit)
+    if timeline:
+        say("simulating the step")
+        mesh = where if isinstance(where, Mesh) else mesh_of(found)
+        found = with_timeline(program, rules, found, mesh)[0].timed(found.solve_s).beside(found.alternatives)
     if flags.debug_level():
         flags.debug(1, found.dumps())
         flags.debug(2, "\n".join([str(found.cost), *map(str, found.collectives), *map(str, found.replicated)]))

@@ -121,11 +121,14 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--compare", action="store_true", help="plan every usual baseline on the same mesh too, and show a table")
     sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
+    sub.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step (default: one, unless more are better)")
     sub.add_argument("--offload", action="store_true", help="activations may wait for backward in host memory")
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
     sub.add_argument("--strict", action="store_true", help="refuse operations that have no sharding rule")
     sub.add_argument("--json", metavar="PATH", help="write the plan to this file")
+    sub.add_argument("--timeline", action="store_true", help="simulate the step with communication beside compute: what is hidden")
+    sub.add_argument("--trace", metavar="PATH", help="write that simulation for ui.perfetto.dev to this file (implies --timeline)")
     sub.add_argument("--all", "--verbose", dest="all", action="store_true", help="every choice, and long tables in full")
 
 
@@ -181,6 +184,9 @@ def run_plan(args: argparse.Namespace) -> int:
     from . import api
     from .arguments import mesh_or_devices, parse_memory
     from .costs.device import make_mesh
+    from .costs.timeline import save_trace
+    from .ir.mesh import Mesh
+    from .passes.timing import mesh_of, with_timeline
     from .rules.bind import bind_program, learnt_rules
     from .solver.baselines import compare_baselines
     from .solver.explain import class_rows
@@ -199,6 +205,7 @@ def run_plan(args: argparse.Namespace) -> int:
         solving |= {"time_limit": args.time_limit, "gap": args.gap}
         # as api.plan does, but the program is still needed for the report
         recipes = {"baseline": args.baseline, "checkpoint": args.checkpoint, "offload": args.offload}
+        recipes["micro_batches"] = args.micro_batches
         found = api.plan_program(program, where, progress, memory=args.memory, strict=args.strict, **recipes, **solving)
         found = found.timed(time.process_time() - start)
         rules = bind_program(program)
@@ -208,8 +215,14 @@ def run_plan(args: argparse.Namespace) -> int:
             mesh = make_mesh(",".join(f"{a.name}={a.size}" for a in found.mesh), found.cluster)
             solving |= {"memory_limit": parse_memory(args.memory), "graph_hash": found.graph_hash, "cluster": found.cluster}
             compared = [c.row for c in compare_baselines(program, rules, mesh, **solving)]
+        if args.timeline or args.trace:
+            progress("simulating the step")
+            timed, steps = with_timeline(program, rules, found, where if isinstance(where, Mesh) else mesh_of(found))
+            found = timed.timed(found.solve_s).beside(found.alternatives)
     if args.json:
         found.save(args.json)
+    if args.trace:
+        save_trace(args.trace, steps, loaded.title)
     parameters = report.parameter_rows(found, loaded.model.named_parameters())
     _show(report.plan_report(found, loaded.title, parameters, rows, learnt=learnt, compared=compared, show_all=args.all))
     return OK

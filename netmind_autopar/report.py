@@ -93,6 +93,8 @@ def plan_report(
     parts += [Text(), _rivals("Meshes", "mesh", plan, plan.alternatives)] if plan.alternatives else []
     parts += [Text(), _rivals("Baselines on this mesh", "baseline", plan, compared)] if compared else []
     parts += [Text(), _time(plan.cost), Text(), _memory(plan)]
+    if plan.micro_batches > 1:
+        parts.append(Text(f"The step is {plan.micro_batches} micro-batches, one after the other; their gradients are added up."))
     parts += [Text(), _saved(plan, show_all)] if plan.recompute or plan.regather or plan.offload else []
     parts += [Text(), _parameters(plan, parameters, show_all)] if parameters else []
     parts += [Text(), _work(plan, work, show_all)] if work else []
@@ -177,7 +179,13 @@ def _time(cost: Cost) -> Group:
         if value or field in ("compute_s", "communication_s"):
             share = value / cost.step_s if cost.step_s else 0.0
             table.add_row(name, seconds(value), f"{share:.0%}", _bar(share))
-    return _section("Where the step's time goes", table)
+    if not cost.timeline_s:
+        return _section("Where the step's time goes", table)
+    beside = _table("", "busy", "exposed", "hidden", right="busy,exposed,hidden")
+    for s in cost.streams:
+        beside.add_row(s.name, seconds(s.busy_s), seconds(s.exposed_s), f"{1 - s.exposed_s / s.busy_s:.0%}" if s.busy_s else "")
+    title = f"Beside compute: {seconds(cost.timeline_s)} a step, {seconds(cost.overlapped_s)} less than one after the other"
+    return Group(_section("Where the step's time goes, one after the other", table), Text(), _section(title, beside))
 
 
 def _memory(plan: Plan) -> Group:

@@ -35,12 +35,10 @@ from .search import solve_problem
 
 # Only orders of magnitude matter here, and no cluster's numbers may: which device loads a plan must not change what it means.
 DEVICE = Device("any", (("float32", 1e8),), 1 << 62, 1e6, 1e6, 0.0)  # so slow that the work counts and not its start
-WORTH = 0.25  # of what n micro-batches could save at best in work per micro-batch, how much they must
+WORTH = 0.5  # of what n micro-batches could save at best in work per micro-batch, how much they must
 SOLVER_S = 60.0
 
 Symbols = dict[str, str]
-
-
 
 
 @dataclass(frozen=True)
@@ -290,4 +288,3 @@ class _Cut:
             strides = [s // self.count if s > inner and s % self.count == 0 else s for s in value.stride()]
             self.fakes[key] = value.new_empty_strided(shape, strides)
         return self.fakes[key]
-

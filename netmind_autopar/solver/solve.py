@@ -22,6 +22,7 @@ from .explain import collectives_of, cost_of, least_summing_s, replicated_of
 from .fold import classes
 from .memory import largest
 from .pins import Pin, pinned
+from .presolve import Kept
 from .problem import Choice, evaluate
 from .saving.decide import Decision, Task, within
 from .saving.remedy import remedies
@@ -47,6 +48,7 @@ def solve(
     time_limit: float = 60.0,
     gap: float = 1e-4,
     offload: bool = False,
+    advise: bool = True,
 ) -> Plan:
     """The cheapest plan that fits.
 
@@ -72,8 +74,8 @@ def solve(
         saving = within(task, built, found, limit, allowed=allowed, time_limit=left, gap=gap)
         built, found = saving.built, saving.solution
     if found.choice is None or found.seconds == math.inf:
-        others = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S) if found.choice else []
-        raise _refusal(built, found, limit, bool(pins or forbid), others)
+        others = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S) if found.choice and advise else []
+        raise _refusal(built, found, limit, bool(pins or forbid), others, (task, allowed))
     plan = assemble(
         program,
         built,
@@ -88,9 +90,9 @@ def solve(
         recompute=saving.recompute,
         regather=saving.regather,
         offload=saving.offload,
+        state=saving.state,
         waits_s=saving.waits_s,
         byte_worth_s=saving.byte_worth_s,
-        state=saving.state,
     )
     return plan.timed(time.process_time() - start)
 
@@ -110,9 +112,9 @@ def assemble(
     recompute: tuple[str, ...] = (),
     regather: tuple[str, ...] = (),
     offload: tuple[str, ...] = (),
+    state: tuple[str, ...] = (),
     waits_s: float = 0.0,
     byte_worth_s: float = 0.0,
-    state: tuple[str, ...] = (),
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
     assert found.choice is not None
@@ -131,9 +133,9 @@ def assemble(
         recompute=recompute,
         regather=regather,
         offload=offload,
+        state=state,
         cost=cost,
         mesh=tuple(PlanAxis.of(a) for a in mesh.axes),
-        state=state,
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
         collectives=collectives_of(built, found.choice, conversions),
         replicated=replicated_of(built, found.choice),
@@ -150,7 +152,26 @@ def _labels(built: Built, choice: Choice) -> list[str]:
     return [node.labels[k] for node, k in zip(built.problem.nodes, choice, strict=True)]
 
 
-def _refusal(built: Built, found: Solution, limit: int, pinned: bool, others: Sequence[str]) -> InfeasibleError | SolverError:
+def advised(error: InfeasibleError, limit: int) -> InfeasibleError:
+    """The refusal of a solve that was not to advise, with what would fit."""
+    if isinstance(error, NothingFits):
+        task, allowed = error.task
+        found = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S)
+        return InfeasibleError(error.what, where=error.where, why=error.why, try_="; ".join((*found, error.try_)))
+    return error
+
+
+class NothingFits(InfeasibleError):
+    """need_bytes: the least peak that was found. task: what was asked, and the strategies that pins leave."""
+
+    def __init__(self, what: str, *, need_bytes: int, task: tuple[Task, Kept | None], **more: str) -> None:
+        super().__init__(what, **more)
+        self.need_bytes, self.task = need_bytes, task
+
+
+def _refusal(
+    built: Built, found: Solution, limit: int, pinned: bool, others: Sequence[str], task: tuple[Task, Kept | None]
+) -> InfeasibleError | SolverError:
     """Why there is no plan: what is needed, what there is, the largest tensors, and the smallest limit that works."""
     if found.choice is None:
         if found.status == milp.UNKNOWN:
@@ -167,11 +188,13 @@ def _refusal(built: Built, found: Solution, limit: int, pinned: bool, others: Se
     known = found.least_bytes
     proven = "" if known >= 0.99 * need else f"; proven is only that {_size(known)} are" if known else ""
     proven = proven and f" (the least that was found{proven})" if known else " (the least that was found)"
-    return InfeasibleError(
+    return NothingFits(
         f"no plan fits into {limit} bytes ({_size(limit)}) per device: {need} bytes ({_size(need)}) are needed{proven}",
         where=(node.meta.get("where") or node.name) if node is not None else "",
         why=f"the largest tensors on one device there: {tensors}",
         try_="; ".join((f"a limit of {need} bytes or more", *others, "a smaller batch, more devices, or an optimizer with less state")),
+        need_bytes=need,
+        task=task,
     )
 
 

@@ -44,7 +44,7 @@ def _fits(task: Task, limit: int, allowed: Kept | None, time_limit: float) -> fl
     if free.choice is None:
         return None
     if evaluate(built.problem, free.choice)[1] <= limit:
-        return free.seconds
+        return task.program.turns * free.seconds
     problem = built.problem if task.offload else replace(built.problem, host_bytes_s=0.0)
     found = solve_joint(problem, free.choice, limit, allowed=allowed, bound=free.bound, gap=1e-2, time_limit=time_limit)
-    return found.seconds if found.fits else None
+    return task.program.turns * found.seconds if found.fits else None
