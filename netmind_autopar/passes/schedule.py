@@ -3,8 +3,9 @@
     started     as soon as what it sends exists, and no earlier than one block ahead of its first use (a parameter always exists)
     waited for  right before its first use; results and gradients at the end of their phase
 
-A collective that goes on with another one (a chain of moves over several axes) has its share of the time, by price. Nothing is
-waited for in another phase than it was started in. All other ops stay in their order.
+Views and slices that only a collective takes go with it, so that what is made of a parameter is gathered ahead, too. A collective
+that goes on with another one (a chain of moves over several axes) has its share of the time, by price. Nothing is waited for in
+another phase than it was started in. All other ops stay in their order.
 
 The peak of the step does not grow: a start comes later, or a wait earlier, where the bytes on their way would raise it above what
 it is when every collective runs where it is needed. There is one graph, so all ranks start collectives in one order.
@@ -32,11 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flight:
-    """A collective starts before the op at slot `go` and is waited for before the op at slot `come`; slots as in `Alive`."""
+    """A collective starts before the op at slot `go` and is waited for before the op at slot `come`; slots as in `Alive`.
+
+    along: the views and slices before it that go with it, first to last; those that stand before `go` already stay there.
+    """
 
     node: fx.Node
     go: int
     come: int
+    along: tuple[fx.Node, ...] = ()
 
 
 def schedule_collectives(program: Program, context: Lowering) -> Program:
@@ -69,9 +74,9 @@ def decide(program: Program, context: Lowering) -> tuple[Alive, Mapping[fx.Node,
         for flight in _wanted(work, ahead, node, context.sizes):
             found = _fit(work, replace(flight, go=max(flight.go, arrived)), limit)
             flights[flight.node], arrived = found, found.come
+    slots = {n: min(f.go, work.slot[n]) for f in flights.values() for n in (*f.along, f.node)}
     for node, flight in flights.items():  # what goes on with it may have to start before its first use
-        takers = [flights[u].go for u in _takers(node) if u in flights]
-        flights[node] = replace(flight, come=min([flight.come, *takers]))
+        flights[node] = replace(flight, come=min([flight.come, *(slots[u] for u in _takers(node) if u in slots)]))
     return work, flights
 
 
@@ -100,10 +105,8 @@ class _Ahead:
 def _wanted(work: Alive, ahead: _Ahead, node: fx.Node, sizes: Sequence[int]) -> list[Flight]:
     """Where a collective, and those that go on with it alone, would fly if memory did not matter."""
     chain, (_, phase) = [node], work.phase(work.slot[node])
-    while len(users := list(chain[-1].users)) == 1 and chain[-1].target is move and is_collective(users[0], sizes):
-        if users[0].target is not move or work.phase(work.slot[users[0]])[1] != phase:
-            break
-        chain.append(users[0])
+    while chain[-1].target is move and (following := _goes_on(work, chain[-1], sizes)) is not None:
+        chain.append(following)
     first = _first_use(work, chain[-1])
     go = min(max(_ready(work, node), ahead.earliest(min(first, phase - 1))), work.slot[node])
     seconds = np.array([float(c.meta["seconds"]) for c in chain])
@@ -113,14 +116,47 @@ def _wanted(work: Alive, ahead: _Ahead, node: fx.Node, sizes: Sequence[int]) -> 
         come = first
         if i + 1 < len(chain):
             come = min(begun + int(share[i] * (first - begun)), ahead.next(go), work.slot[chain[i + 1]])
-        out.append(Flight(current, go, max(come, go)))
+        out.append(Flight(current, go, max(come, go), tuple(_along(work, current))))
         go = out[-1].come
     return out
 
 
+def _goes_on(work: Alive, node: fx.Node, sizes: Sequence[int]) -> fx.Node | None:
+    """The collective that alone takes what this one gives, maybe through views and slices."""
+    taker = node
+    while len(taker.users) == 1:
+        taker = next(iter(taker.users))
+        if taker.op != "call_function" or work.phase(work.slot[taker]) != work.phase(work.slot[node]):
+            return None
+        if is_collective(taker, sizes):
+            return taker if taker.target is move else None
+        if not _is_light(taker):
+            return None
+    return None
+
+
+def _is_light(node: fx.Node) -> bool:
+    """A view, or a move that sends nothing: of one tensor."""
+    local = node.target in MOVES and node.args[1] in LOCAL_KINDS
+    return node.op == "call_function" and not is_getitem(node) and (local or short_name(node) in FREE) and len(tensor_args(node)) == 1
+
+
+def _along(work: Alive, node: fx.Node) -> list[fx.Node]:
+    """What can go with a collective: light ops of its phase whose results nothing else takes, in order."""
+    found: list[fx.Node] = []
+    at = node
+    while len(args := tensor_args(at)) == 1 and args[0] in work.slot:
+        at = args[0]
+        if len(at.users) > 1 or not _is_light(at) or work.phase(work.slot[at]) != work.phase(work.slot[node]):
+            break
+        found.append(at)
+    return found[::-1]
+
+
 def _ready(work: Alive, node: fx.Node) -> int:
-    """The first slot of the phase at which all that a collective sends exists."""
-    made = [work.slot[arg] + 1 for arg in tensor_args(node) if arg in work.slot]
+    """The first slot of the phase at which all that a collective sends exists, or could."""
+    first = next(iter(_along(work, node)), node)
+    made = [work.slot[arg] + 1 for arg in tensor_args(first) if arg in work.slot]
     return max([work.phase(work.slot[node])[0], *made])
 
 
@@ -142,12 +178,13 @@ def _fit(work: Alive, wanted: Flight, limit: int) -> Flight:
     are counted already from its own slot on.
     """
     node, at, room = wanted.node, work.slot[wanted.node], work.room[wanted.node]
+    cut = sum(work.room[n].peak for n in wanted.along if n in work.room)  # what slices take
     latest = max(wanted.come, at + 1) if node.users else at + 1
     work.add(at, at + 1, room.left - room.peak)
     work.add(at, latest, -room.left)
     held = [s for s in (owner_of(work, a) for a in tensor_args(node)) if s is not None] if room.holds else []
     begin = max(wanted.go - (wanted.go < at), work.phase(at)[0])
-    over = np.flatnonzero(work.memory[begin:at] + room.peak > limit)
+    over = np.flatnonzero(work.memory[begin:at] + room.peak + cut > limit)
     if len(over):
         begin = begin + int(over[-1]) + 1
     go = max(wanted.go, min(begin + 1, at)) if len(over) else wanted.go
@@ -161,53 +198,66 @@ def _fit(work: Alive, wanted: Flight, limit: int) -> Flight:
     flown = max(come, go + 1)
     work.add(begin, flown, room.flying)
     work.add(begin, begin + 1, room.peak - room.flying)
+    work.add(begin, at, cut)  # where they stood they are counted already
     if flown - 1 > begin:
         work.add(flown - 1, flown, room.peak - room.flying)
     work.add(flown, max(latest, flown), room.left)
     for storage in held:
         work.add(work.last[storage] + 1, max(flown, work.last[storage] + 1), work.size[storage])
         work.last[storage] = max(work.last[storage], flown - 1)
-    return Flight(node, go, come)
+    return replace(wanted, go=go, come=come)
 
 
 def _rewrite(new: Draft, work: Alive, flights: Mapping[fx.Node, Flight]) -> None:
     """All ops in emitted order, every collective where it goes and its wait where it comes."""
-    busy = np.cumsum([0, *(_is_work(n, flights) for n in work.order)])
-    starts: dict[int, list[tuple]] = {}
-    ends: dict[int, list[tuple]] = {}
+    along = {node: [n for n in f.along if work.slot[n] >= f.go] for node, f in flights.items()}
+    fixed = [n for n in work.order if n not in flights and not (is_getitem(n) and n.args[0] in flights)]
+    gone = {n for nodes in along.values() for n in nodes}
+    busy = np.cumsum([0, *(_is_work(n) and n not in flights and n not in gone for n in work.order)])
+    starts: dict[int, list[_Begin]] = {}
+    ends: dict[int, list[_Begin]] = {}
     for node, flight in flights.items():
-        ends.setdefault(flight.come, []).append((work.slot[node], node))
+        at, head = work.slot[node], along[node]
         if busy[flight.go] < busy[flight.come]:  # else nothing runs meanwhile
-            starts.setdefault(flight.go, []).append((flight.come, work.slot[node], _split(new, node), flight.go == work.slot[node]))
-    last = next(n for n in new.graph.nodes if n.op == "output")
+            started = _split(new, node)
+            starts.setdefault(flight.go, []).append(_Begin(started, at, head, flight.come, flight.go == at))
+            head = []
+        ends.setdefault(flight.come, []).append(_Begin(node, at, head, flight.come, True))
+    last, stays = next(n for n in new.graph.nodes if n.op == "output"), set(fixed) - gone
     for slot in range(len(work.order) + 1):
-        _place(last, starts.get(slot, []), ends.get(slot, []))
-        if slot < len(work.order) and work.order[slot] not in flights and not _comes_along(work.order[slot], flights):
+        for item in _in_order(starts.get(slot, []), ends.get(slot, [])):
+            for node in (*item.along, item.node, *filter(is_getitem, item.node.users)):
+                last.prepend(node)
+        if slot < len(work.order) and work.order[slot] in stays:
             last.prepend(work.order[slot])
 
 
-def _is_work(node: fx.Node, flights: Mapping[fx.Node, Flight]) -> bool:
-    """Whether an op takes time, so that something can travel meanwhile."""
-    return node.op == "call_function" and node not in flights and short_name(node) not in FREE
+@dataclass(frozen=True)
+class _Begin:
+    """A start, a wait, or a collective that runs at once, with what comes along; `at`: its old slot. own: it starts there."""
+
+    node: fx.Node
+    at: int
+    along: Sequence[fx.Node]
+    come: int
+    own: bool
+
+    def takes(self) -> set[fx.Node]:
+        """The ops that make what it begins with."""
+        return {a.args[0] if is_getitem(a) else a for a in tensor_args((*self.along, self.node)[0])}  # type: ignore[misc]
 
 
-def _comes_along(node: fx.Node, flights: Mapping[fx.Node, Flight]) -> bool:
-    return is_getitem(node) and node.args[0] in flights
-
-
-def _place(last: fx.Node, starts: list[tuple], ends: list[tuple]) -> None:
+def _in_order(starts: list[_Begin], ends: list[_Begin]) -> list[_Begin]:
     """What stands before one op: starts that wait for nothing here, the sooner needed first; then the rest in the program's order."""
-    arriving = {node for _, node in ends}
-    tied = [(at, 0, n) for _, at, n, own in starts if own or any(_made_by(a) in arriving for a in tensor_args(n))]
-    free = sorted((come, at, node.name, node) for come, at, node, _ in starts if not any(node is t for _, _, t in tied))
-    for node in [*(f[-1] for f in free), *(t[-1] for t in sorted([*tied, *((at, 1, n) for at, n in ends)], key=lambda t: t[:2]))]:
-        last.prepend(node)
-        for taker in [u for u in node.users if is_getitem(u)]:
-            last.prepend(taker)
+    arriving = {item.node for item in ends}
+    free = [item for item in starts if not item.own and arriving.isdisjoint(item.takes())]
+    rest = [item for item in starts if item not in free] + ends
+    return sorted(free, key=lambda i: (i.come, i.at)) + sorted(rest, key=lambda i: (i.at, i in ends))
 
 
-def _made_by(node: fx.Node) -> fx.Node:
-    return node.args[0] if is_getitem(node) else node  # type: ignore[return-value]
+def _is_work(node: fx.Node) -> bool:
+    """Whether an op takes time, so that something can travel meanwhile."""
+    return node.op == "call_function" and not is_getitem(node) and short_name(node) not in FREE
 
 
 def _split(new: Draft, node: fx.Node) -> fx.Node:
