@@ -88,25 +88,10 @@ def plan(
     where = mesh_or_devices(mesh, devices, cluster)
     say("capturing the model")
     program = _capture(model, sample_inputs, outputs, differentiable, mode)
-    found = plan_program(
-        program,
-        where,
-        say,
-        memory=memory,
-        baseline=baseline,
-        checkpoint=checkpoint,
-        micro_batches=micro_batches,
-        optimizer=optimizer,
-        pins=pins,
-        forbid=forbid,
-        inputs=inputs,
-        random_costs=random_costs,
-        time_limit=time_limit,
-        gap=gap,
-        offload=offload,
-        strict=strict,
-        timeline=timeline,
-    )
+    options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
+    options |= {"baseline": baseline, "checkpoint": checkpoint, "micro_batches": micro_batches, "offload": offload, "strict": strict}
+    options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap}
+    found = plan_program(program, where, say, timeline=timeline, **options)
     _warn_of_replicated(found)
     return found.timed(time.process_time() - start)
 
@@ -151,15 +136,8 @@ def autoparallelize(
         try_="seed and configure all ranks alike",
     )
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
-    options |= {
-        "baseline": baseline,
-        "micro_batches": micro_batches,
-        "random_costs": random_costs,
-        "time_limit": time_limit,
-        "gap": gap,
-        "offload": offload,
-        "strict": strict,
-    }
+    options |= {"baseline": baseline, "micro_batches": micro_batches, "offload": offload, "strict": strict}
+    options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap}
 
     def decide() -> str:
         if plan is not None:

@@ -16,10 +16,12 @@ Of every stream: busy - compute's busy ≤ exposed ≤ busy, because only as muc
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..ir.errors import GraphError
+from ..ir.errors import GraphError, InputError
 
 COMPUTE = "compute"
 
@@ -145,6 +147,14 @@ def trace(timeline: Timeline, title: str = "") -> str:
     rows += [_row(span, threads[span.event.stream], i in critical) for i, span in enumerate(timeline.spans)]
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     return f'{{"displayTimeUnit": "ms", "traceEvents": [\n{lines}\n]}}\n'
+
+
+def save_trace(path: str | os.PathLike[str], timeline: Timeline, title: str = "") -> None:
+    """Write `trace` to a file. Raises InputError when it cannot be written."""
+    try:
+        Path(path).write_text(trace(timeline, title), encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"cannot write the trace to {path}", why=str(e), try_="name a folder that exists and can be written") from None
 
 
 def _row(span: Span, thread: int, critical: bool) -> dict[str, object]:

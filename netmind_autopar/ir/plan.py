@@ -159,8 +159,20 @@ class Memory(_Part):
     inputs: Bytes = 0
 
 
+class Stream(_Part):
+    """One stream of a step besides compute: a mesh axis, or a link to the host. exposed_s: busy while compute has nothing to do."""
+
+    name: str
+    busy_s: Seconds
+    exposed_s: Seconds
+
+
 class Cost(_Part):
-    """Predicted cost of one training step. `step_s` is the sum of the seconds below it."""
+    """Predicted cost of one training step. `step_s` is the sum of the seconds below it: everything one after the other.
+
+    That sum is what the solver minimises and what `Plan.bound_s` and `Plan.gap` are about. timeline_s: the step when collectives and
+    transfers run beside compute, as the emitted code has them (costs/timeline.py); 0 when it was not asked for.
+    """
 
     step_s: Seconds = 0.0
     compute_s: Seconds = 0.0
@@ -169,6 +181,18 @@ class Cost(_Part):
     transfer_s: Seconds = 0.0
     peak_bytes: Bytes = 0
     memory: Memory = Memory()
+    timeline_s: Seconds = 0.0
+    streams: tuple[Stream, ...] = ()
+
+    @property
+    def overlapped_s(self) -> float:
+        """Seconds of the sum that run beside others; 0 without a timeline."""
+        return max(0.0, self.step_s - self.timeline_s) if self.timeline_s else 0.0
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds in which streams have work and compute has none, stream by stream."""
+        return sum(s.exposed_s for s in self.streams)
 
 
 class Collective(_Part):

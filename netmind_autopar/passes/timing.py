@@ -14,10 +14,11 @@ from typing import Any
 from torch import fx
 
 from ..costs.compute import node_prices
+from ..costs.device import make_mesh
 from ..costs.memory import optimizer_states
 from ..costs.timeline import COMPUTE, Event, Timeline, simulate
 from ..ir.mesh import Mesh
-from ..ir.plan import Plan
+from ..ir.plan import Plan, Stream
 from ..ir.program import Program, is_getitem, source, tensor_args
 from ..ir.spec import Spec, local_bytes
 from ..rules.algebra import Rule
@@ -36,6 +37,19 @@ def plan_timeline(program: Program, rules: Mapping[str, Rule], plan: Plan, mesh:
     """One step of a plan on `mesh`, whose axes are the plan's. Raises what lowering raises."""
     prepared, context = prepare(program, rules, plan)
     return simulate(events(run_passes(prepared, context), prepared, context, mesh))
+
+
+def with_timeline(program: Program, rules: Mapping[str, Rule], plan: Plan, mesh: Mesh) -> tuple[Plan, Timeline]:
+    """The plan with `timeline_s` and `streams` of its cost filled in, and the timeline."""
+    found = plan_timeline(program, rules, plan, mesh)
+    streams = tuple(Stream(name=name, busy_s=found.busy[name], exposed_s=exposed) for name, exposed in sorted(found.exposed.items()))
+    cost = plan.cost.model_copy(update={"timeline_s": found.step_s, "streams": streams})
+    return plan.model_copy(update={"cost": cost}), found
+
+
+def mesh_of(plan: Plan, cluster: str | None = None) -> Mesh:
+    """The mesh that a plan was made for, by the name of its cluster or another one. Raises MeshError for an unknown name."""
+    return make_mesh(",".join(f"{a.name}={a.size}" for a in plan.mesh), cluster or plan.cluster)
 
 
 def events(lowered: Program, prepared: Program, context: Lowering, mesh: Mesh) -> list[Event]:

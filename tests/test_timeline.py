@@ -1,0 +1,208 @@
+"""The simulated step: equal to an event-by-event simulation, bounded, and made of the planner's prices."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_plans import random_plan
+from test_exact import captured, planned
+
+from netmind_autopar import cli
+from netmind_autopar.costs.device import make_mesh
+from netmind_autopar.costs.timeline import COMPUTE, Event, Timeline, place, save_trace, simulate, trace
+from netmind_autopar.ir.errors import GraphError, InputError
+from netmind_autopar.ir.plan import Plan
+from netmind_autopar.passes.timing import mesh_of, plan_timeline, with_timeline
+from netmind_autopar.solver.baselines import solve_baseline
+
+F32 = torch.float32
+MLP = str(Path(__file__).parent.parent / "examples" / "mlp.py")
+
+
+def of(plan: Plan, family: str, *, overlap: bool = True) -> Timeline:
+    _, _, program, rules, _ = captured(family, F32)
+    mesh = make_mesh(",".join(f"{a.name}={a.size}" for a in plan.mesh), "h100-sxm")
+    return plan_timeline(program, rules, plan.model_copy(update={"overlap": overlap}), mesh)
+
+
+def brute_force(events: Sequence[Event]) -> list[tuple[float, float]]:
+    """Time runs from one end of an event to the next; whatever is first on its stream and has nothing to wait for begins."""
+    waiting = {name: [i for i, e in enumerate(events) if e.stream == name] for name in {e.stream for e in events}}
+    running: dict[str, int] = {}
+    begun: dict[int, float] = {}
+    over: dict[int, float] = {}
+    now = 0.0
+    while len(over) < len(events):
+        changed = True
+        while changed:
+            changed = False
+            for name, queue in waiting.items():
+                if name not in running and queue and all(j in over for j in events[queue[0]].after):
+                    running[name] = queue.pop(0)
+                    begun[running[name]] = now
+                    changed = True
+            for name, i in list(running.items()):
+                if begun[i] + events[i].seconds <= now:
+                    over[i] = now
+                    del running[name]
+                    changed = True
+        if running:
+            now = min(begun[i] + events[i].seconds for i in running.values())
+    return [(begun[i], over[i]) for i in range(len(events))]
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> list[Event]:
+    """Up to 14 events on up to four streams, whole seconds, so that ends coincide often."""
+    out: list[Event] = []
+    for i in range(draw(st.integers(0, 14))):
+        stream = draw(st.sampled_from([COMPUTE, "dp", "tp", "from the host"]))
+        after = tuple(sorted(draw(st.sets(st.integers(0, i - 1), max_size=3)))) if i else ()
+        out.append(Event(f"e{i}", stream, float(draw(st.integers(0, 4))), after))
+    return out
+
+
+@settings(max_examples=400, deadline=None)
+@given(graphs())
+def test_places_are_those_of_brute_force(events: list[Event]) -> None:
+    found = simulate(events)
+    assert [(s.start_s, s.end_s) for s in found.spans] == brute_force(events)
+    assert found.step_s == max((end for _, end in brute_force(events)), default=0.0)
+
+
+@settings(max_examples=400, deadline=None)
+@given(graphs())
+def test_what_is_measured_is_bounded(events: list[Event]) -> None:
+    """Whole seconds, so second by second: exposed is what other streams do while compute does nothing."""
+    found = simulate(events)
+    compute = found.busy.get(COMPUTE, 0.0)
+    seconds = range(math.ceil(found.step_s))
+
+    def works(stream: str, t: int) -> bool:
+        return any(s.event.stream == stream and s.start_s <= t < s.end_s for s in found.spans)
+
+    for name, exposed in found.exposed.items():
+        assert exposed == sum(works(name, t) and not works(COMPUTE, t) for t in seconds)
+        assert 0.0 <= max(0.0, found.busy[name] - compute) <= exposed <= found.busy[name]
+    assert found.exposed_s == sum(not works(COMPUTE, t) and any(works(n, t) for n in found.exposed) for t in seconds)
+    assert found.exposed_s >= max([found.busy[n] - compute for n in found.exposed], default=0.0)
+    assert sum(found.exposed.values()) >= found.exposed_s
+    assert found.idle_s == found.step_s - compute == found.exposed_s, "compute is idle only while something else works"
+    assert max(found.busy.values(), default=0.0) <= found.step_s <= found.sequential_s
+
+
+@settings(max_examples=200, deadline=None)
+@given(graphs())
+def test_the_critical_path_fills_the_step(events: list[Event]) -> None:
+    found = simulate(events)
+    path = [found.spans[i] for i in found.critical]
+    assert sum(s.event.seconds for s in path) == found.step_s
+    assert all(a.end_s == b.start_s for a, b in itertools.pairwise(path))
+
+
+@pytest.mark.parametrize("event", [Event("e", COMPUTE, 1.0, (0,)), Event("e", COMPUTE, -1.0), Event("e", COMPUTE, math.nan)])
+def test_an_event_without_a_place_is_refused(event: Event) -> None:
+    with pytest.raises(GraphError, match="cannot be placed"):
+        place([event])
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "random_costs"), [("gpt2", "a=4", None), ("gpt2", "a=2,b=2", 0), ("mlp", "a=2,b=2", None), ("mlp", "a=2,b=2", 1)]
+)
+def test_without_overlap_it_is_the_sum(family: str, mesh: str, random_costs: int | None) -> None:
+    plan = planned(family, F32, mesh, random_costs=random_costs, time_limit=20.0, gap=0.05)
+    alone, beside = of(plan, family, overlap=False), of(plan, family)
+    assert alone.step_s == pytest.approx(plan.cost.step_s, rel=1e-12)
+    assert alone.busy[COMPUTE] + sum(alone.busy[n] for n in alone.exposed) == pytest.approx(plan.cost.step_s, rel=1e-12)
+    assert beside.sequential_s == pytest.approx(plan.cost.step_s, rel=1e-12)
+    assert beside.step_s <= alone.step_s * (1 + 1e-12)
+    assert sum(s.event.seconds for s in alone.spans if s.event.stream in plan.axis_names) <= plan.cost.communication_s * (1 + 1e-12)
+
+
+def by_recipe(layers: int, checkpoint: bool) -> tuple[Plan, Timeline, Timeline]:
+    """FSDP on two devices, its timeline, and that of the same plan with nothing beside compute."""
+    _, _, program, rules, hash_ = captured("gpt2", F32, layers=layers, hidden=128, vocab=128, seq=64)
+    mesh = make_mesh("a=2", "dgx-h100")
+    fixed = {"graph_hash": hash_, "cluster": "dgx-h100", "checkpoint": checkpoint}
+    plan, found = with_timeline(program, rules, solve_baseline(program, rules, mesh, "fsdp", **fixed), mesh)  # type: ignore[arg-type]
+    return plan, found, plan_timeline(program, rules, plan.model_copy(update={"overlap": False}), mesh)
+
+
+def test_gathering_again_and_recomputing_are_in_the_sum() -> None:
+    plan, found, alone = by_recipe(2, checkpoint=True)
+    assert plan.recompute and plan.regather and plan.cost.recompute_s > 0
+    assert alone.step_s == pytest.approx(plan.cost.step_s, rel=1e-12) == pytest.approx(found.sequential_s, rel=1e-12)
+
+
+def test_fsdp_hides_what_it_can() -> None:
+    """A block's parameters travel while the block before it computes; their gradients while backward goes on."""
+    plan, found, alone = by_recipe(4, checkpoint=False)
+    hidden, most = alone.step_s - found.step_s, min(found.busy[COMPUTE], found.busy["a"])
+    assert hidden > 0.6 * most, f"{hidden / most:.0%} of what could be hidden"
+    assert plan.cost.timeline_s == found.step_s and plan.cost.exposed_s == pytest.approx(found.exposed_s)
+    assert plan.cost.overlapped_s == pytest.approx(hidden)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_plans_keep_the_bounds(seed: int) -> None:
+    _, _, program, rules, _ = captured("gpt2", F32)
+    plan = random_plan(program, rules, "a=2,b=2", seed)
+    found, alone = of(plan, "gpt2"), of(plan, "gpt2", overlap=False)
+    compute = found.busy[COMPUTE]
+    assert found.busy.keys() == alone.busy.keys() and found.busy[COMPUTE] == pytest.approx(alone.busy[COMPUTE])
+    assert max(found.busy.values()) <= found.step_s <= alone.step_s * (1 + 1e-12)
+    assert all(exposed >= max(0.0, found.busy[n] - compute) for n, exposed in found.exposed.items())
+    assert of(plan, "gpt2") == found, "the same, twice"
+
+
+def test_a_plan_keeps_its_timeline() -> None:
+    plan = planned("mlp", F32, "a=2,b=2", random_costs=0)
+    assert plan.cost.timeline_s == 0.0 == plan.cost.overlapped_s
+    _, _, program, rules, _ = captured("mlp", F32)
+    timed, found = with_timeline(program, rules, plan, mesh_of(plan))
+    assert Plan.loads(timed.dumps()) == timed
+    assert timed.cost.timeline_s == found.step_s <= timed.cost.step_s == plan.cost.step_s
+    assert [s.name for s in timed.cost.streams] == sorted(found.exposed)
+
+
+def test_the_trace_is_chromes_format(tmp_path: Path) -> None:
+    events = [
+        Event("mm", COMPUTE, 2e-3),
+        Event("g", "dp", 1e-3, (0,), "all_gather", "forward", "model.py:3  x"),
+        Event("add", COMPUTE, 1e-3, (1,)),
+    ]
+    text = trace(simulate(events), "step")
+    rows = json.loads(text)["traceEvents"]
+    made = [r for r in rows if r["ph"] == "X"]
+    assert [(r["name"], r["ts"], r["dur"], r["tid"]) for r in made] == [
+        ("mm", 0.0, 2000.0, 0),
+        ("g", 2000.0, 1000.0, 1),
+        ("add", 3000.0, 1000.0, 0),
+    ]
+    assert {r["args"]["name"] for r in rows if r.get("name") == "thread_name"} == {COMPUTE, "dp"}
+    assert made[1]["args"] == {"kind": "all_gather", "where": "model.py:3  x", "critical": True}
+    save_trace(tmp_path / "t.json", simulate(events), "step")
+    assert (tmp_path / "t.json").read_text() == text
+    with pytest.raises(InputError, match="cannot write the trace"):
+        save_trace(tmp_path / "no" / "t.json", simulate(events))
+
+
+def test_the_command_line_shows_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = tmp_path / "trace.json"
+    odd = ["--mesh", "dp=2,tp=2", "--cluster", "h100-sxm", "--random-costs", "3"]
+    assert cli.main(["plan", MLP, *odd, "--trace", str(where), "--json", str(tmp_path / "p.json")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Beside compute:" in shown and "exposed" in shown
+    plan = Plan.load(tmp_path / "p.json")
+    made = [r for r in json.loads(where.read_text())["traceEvents"] if r["ph"] == "X"]
+    assert max(r["ts"] + r["dur"] for r in made) == pytest.approx(plan.cost.timeline_s * 1e6)
+    assert cli.main(["plan", MLP, *odd]) == 0
+    assert "Beside compute" not in capsys.readouterr().out
