@@ -9,8 +9,8 @@ from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.ir.plan import Plan, PlanAxis
 from netmind_autopar.ir.program import Program
 from netmind_autopar.rules.algebra import Rule
-from netmind_autopar.solver.build import collect
 from netmind_autopar.solver.conversions import needed_conversions, owner_of, uses, value_name
+from netmind_autopar.solver.kinds import collect
 from netmind_autopar.solver.solve import choices_to_strategies
 from netmind_autopar.tracer.hash import graph_hash
 

@@ -16,7 +16,7 @@ from netmind_autopar.kernels import DIRECT
 from netmind_autopar.passes.pipeline import lower
 from netmind_autopar.rules.bind import bind_program
 from netmind_autopar.runtime.collectives import MOVES
-from netmind_autopar.solver.build import collect
+from netmind_autopar.solver.kinds import collect
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.hash import graph_hash
 from netmind_autopar.tracer.losses import logsumexp

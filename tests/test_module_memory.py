@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from netmind_autopar import autoparallelize
 from netmind_autopar.ir.errors import AutoparError
-from netmind_autopar.runtime.module import _owned
+from netmind_autopar.runtime.step import owned
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -182,6 +182,6 @@ def test_writing_into_what_backward_needs_is_an_error() -> None:
 def test_owned_copies_only_what_is_shared() -> None:
     base, other = torch.zeros(8), torch.zeros(3)
     kept = [base[:4], base[4:], other]
-    assert [a is b for a, b in zip(_owned(kept, []), kept, strict=True)] == [True, True, True]
+    assert [a is b for a, b in zip(owned(kept, []), kept, strict=True)] == [True, True, True]
     shared = [base[:5], base[4:], base[:5], torch.zeros(1).expand(4), other]
-    assert [a is b for a, b in zip(_owned(shared, [other]), shared, strict=True)] == [True, False, False, False, False]
+    assert [a is b for a, b in zip(owned(shared, [other]), shared, strict=True)] == [True, False, False, False, False]

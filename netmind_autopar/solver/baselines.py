@@ -29,15 +29,16 @@ from ..ir.mesh import Mesh
 from ..ir.plan import ALL, Alternative, Plan
 from ..ir.program import Program
 from ..rules.algebra import LINEAR, NONE, Rule
-from .build import Built, Kind
+from .build import Built
 from .checkpoint import checkpointed
 from .conversions import uses, value_name
+from .kinds import Kind
 from .pins import Pin, pinned
 from .presolve import Kept
 from .problem import evaluate
 from .recipes import RECIPES, Baseline, Recipe, axis_recipes
 from .roles import Roles, roles_of
-from .saving.decide import Task
+from .saving.decide import Decision, Task
 from .search import solve_problem
 from .solve import assemble
 
@@ -91,7 +92,7 @@ def solve_baseline(
         leasts.append(evaluate(built.problem, found.choice)[1])
         if found.seconds < math.inf and leasts[-1] <= limit:
             file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer, "inputs": inputs}
-            made = assemble(program, built, found, mesh, conversions, recompute=recompute, regather=regather, **file)  # type: ignore[arg-type]
+            made = assemble(program, Decision(built, found, recompute, regather), mesh, conversions, **file)  # type: ignore[arg-type]
             return made.timed(time.process_time() - start)
     if not leasts:
         raise SolverError(f"no plan was found for the baseline {baseline!r} in time", try_="raise time_limit")

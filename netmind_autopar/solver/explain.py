@@ -14,8 +14,9 @@ from ..ir.plan import Collective, Cost, Memory, Plan, Replicated
 from ..ir.program import Program, op_name
 from ..ir.spec import Spec, local_bytes
 from ..rules.algebra import Rule
-from .build import Built, collect
+from .build import Built
 from .conversions import end_rules, needed_conversions, regathered
+from .kinds import collect
 from .micro import in_turns
 from .problem import Choice, conversions, evaluate, items, step_bytes
 

@@ -76,31 +76,14 @@ def solve(
     if found.choice is None or found.seconds == math.inf:
         others = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S) if found.choice and advise else []
         raise _refusal(built, found, limit, bool(pins or forbid), others, (task, allowed))
-    plan = assemble(
-        program,
-        built,
-        found,
-        mesh,
-        conversions,
-        graph_hash=graph_hash,
-        cluster=cluster,
-        limit=limit,
-        optimizer=optimizer,
-        inputs=inputs,
-        recompute=saving.recompute,
-        regather=saving.regather,
-        offload=saving.offload,
-        state=saving.state,
-        waits_s=saving.waits_s,
-        byte_worth_s=saving.byte_worth_s,
-    )
+    file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer, "inputs": inputs}
+    plan = assemble(program, saving, mesh, conversions, **file)  # type: ignore[arg-type]
     return plan.timed(time.process_time() - start)
 
 
 def assemble(
     program: Program,
-    built: Built,
-    found: Solution,
+    saving: Decision,
     mesh: Mesh,
     conversions: Conversions,
     *,
@@ -109,16 +92,11 @@ def assemble(
     limit: int | None,
     optimizer: str,
     inputs: Literal["global", "local"],
-    recompute: tuple[str, ...] = (),
-    regather: tuple[str, ...] = (),
-    offload: tuple[str, ...] = (),
-    state: tuple[str, ...] = (),
-    waits_s: float = 0.0,
-    byte_worth_s: float = 0.0,
 ) -> Plan:
     """The plan file of a solution: choices, their cost, and what was proven about them."""
+    built, found = saving.built, saving.solution
     assert found.choice is not None
-    cost = cost_of(built, found.choice, mesh.device, waits_s)
+    cost = cost_of(built, found.choice, mesh.device, saving.waits_s)
     bound = max(0.0, min(program.turns * (found.bound + least_summing_s(built, mesh.device)), cost.step_s))
     choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
     return Plan(
@@ -130,16 +108,16 @@ def assemble(
         inputs=inputs,
         choices=choices,
         micro_batches=program.turns,
-        recompute=recompute,
-        regather=regather,
-        offload=offload,
-        state=state,
+        recompute=saving.recompute,
+        regather=saving.regather,
+        offload=saving.offload,
+        state=saving.state,
         cost=cost,
         mesh=tuple(PlanAxis.of(a) for a in mesh.axes),
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
         collectives=collectives_of(built, found.choice, conversions),
         replicated=replicated_of(built, found.choice),
-        gib_worth_s=program.turns * byte_worth_s * 2**30,
+        gib_worth_s=program.turns * saving.byte_worth_s * 2**30,
         bound_s=bound,
         gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
         status="optimal" if found.status == milp.OPTIMAL else "feasible",
