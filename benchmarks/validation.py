@@ -1,9 +1,14 @@
 """Predicted against measured times.
 
+    python benchmarks/validation.py --published FILE ... [--no-fit] [--seed N] [--json]
     python benchmarks/validation.py --local PROFILE.json [--pairs N] [--ranks N] [--json]
 
+--published: runs that others measured (files with the header of vTrain's or torchtitan's runs) and tables of all-reduce times (as
+    vTrain has them), or folders of both. Constants are fitted on half of the rows of a file, drawn by the seed, and judged on the
+    others; --no-fit takes the constants that are in published.py and judges all rows.
 --local: pairs of (model, plan), run on this machine with as many gloo processes as the profile was calibrated with
-(`netmind-autopar calibrate --ranks N`). `--json`: a last line with the numbers.
+    (`netmind-autopar calibrate --ranks N`).
+--json: a last line with the numbers.
 """
 
 from __future__ import annotations
@@ -11,14 +16,108 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parent)]
 
+import numpy as np
+import published
 import validation_local
+
+from netmind_autopar.ir.errors import AutoparError
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, ties at their mean rank."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    if len(a) < 2:
+        return 1.0
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def halves(rows: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
+    """(fitted, judged): at most half is fitted."""
+    order = random.Random(seed).sample(list(rows), len(rows))
+    return order[: len(rows) // 2], order[len(rows) // 2 :]
+
+
+def run_rows(path: Path, tables: Sequence[Any], fit: bool, seed: int) -> list[dict[str, Any]]:
+    """One row per run of a file: what is predicted, what was measured, whether the fit has seen it."""
+    rows = []
+    runs = published.read(path)
+    for group in dict.fromkeys(r.group for r in runs):
+        mine, constants = [r for r in runs if r.group == group], published.FITTED[group]
+        fitted, judged = halves(mine, seed)
+        if fit and len(fitted) >= published.LEAST_ROWS:
+            constants = published.fitted(fitted, constants, published.FREE[group], tables)
+        else:
+            fitted, judged = [], mine
+        for run in (*fitted, *judged):
+            predicted = published.predict(run, constants, tables)
+            times = {"predicted_s": predicted, "measured_s": run.seconds}
+            rows.append({"group": group, "run": run.name, **times, "error": predicted / run.seconds - 1, "fitted": run in fitted})
+    return rows
+
+
+def table_rows(paths: Sequence[Path], fit: bool, seed: int) -> tuple[list[dict[str, Any]], list[Any]]:
+    """One row per size of the all-reduce tables, and the curves through what was fitted."""
+    every = [row for path in paths for row in published.read_table(path)]
+    fitted, judged = halves(every, seed) if fit else ([], every)
+    curves = published.tables_of(fitted)
+    rows = []
+    for seen, some in ((True, fitted), (False, judged)):
+        for (n, size, seconds), predicted in zip(some, published.table_seconds(some, curves), strict=True):
+            times = {"predicted_s": predicted, "measured_s": seconds}
+            rows.append(
+                {"group": "all-reduce tables", "run": f"{n} GPUs, {size:.0f} B", **times, "error": predicted / seconds - 1, "fitted": seen}
+            )
+    return rows, curves
+
+
+def run_published(files: Sequence[str], fit: bool, seed: int) -> list[dict[str, Any]]:
+    paths = [found for f in files for found in (sorted(Path(f).iterdir()) if Path(f).is_dir() else [Path(f)])]
+    tables = [p for p in paths if p.name.startswith("AR_GPU")]
+    rows, curves = table_rows(tables, fit, seed)
+    for path in paths:
+        if path not in tables and path.suffix == ".csv":
+            rows += run_rows(path, curves, fit, seed)
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows that no fit has seen."""
+    judged = [r for r in rows if not r["fitted"]]
+    errors = [abs(r["error"]) for r in judged]
+    return {
+        "rows": len(judged),
+        "fitted": len(rows) - len(judged),
+        "mape_pct": round(100 * float(np.mean(errors)), 2),
+        "median_pct": round(100 * float(np.median(errors)), 2),
+        "worst_pct": round(100 * max(errors), 2),
+        "rank_correlation": round(rank_correlation([r["predicted_s"] for r in judged], [r["measured_s"] for r in judged]), 4),
+    }
+
+
+def show_published(rows: Sequence[dict[str, Any]], show_all: bool) -> dict[str, Any]:
+    """The error table; its numbers."""
+    for r in rows if show_all else ():
+        mark = "fitted" if r["fitted"] else ""
+        print(f"{r['predicted_s'] * 1e3:>12.3f} ms {r['measured_s'] * 1e3:>12.3f} ms {r['error']:>+7.1%} {mark:<7} {r['run']}")
+    found = {group: summary([r for r in rows if r["group"] == group]) for group in dict.fromkeys(r["group"] for r in rows)}
+    print(f"{'judged rows of':<24} {'rows':>5} {'fitted':>6} {'mean':>7} {'median':>7} {'worst':>7} {'ranks':>7}")
+    for group, s in found.items():
+        numbers = f"{s['mape_pct']:>6.1f}% {s['median_pct']:>6.1f}% {s['worst_pct']:>6.1f}% {s['rank_correlation']:>7.3f}"
+        print(f"{group:<24} {s['rows']:>5} {s['fitted']:>6} {numbers}")
+    return {**summary(rows), "groups": found}
 
 
 def show_local(found: dict[str, Any]) -> None:
@@ -36,13 +135,25 @@ def show_local(found: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--local", metavar="PROFILE.json", required=True, help="run plans on this machine, priced by this profile")
-    parser.add_argument("--pairs", type=int, default=42, metavar="N", help="pairs of (model, plan) (42)")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="gloo processes (2)")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--published", metavar="FILE", nargs="+", help="measured runs and all-reduce tables, or folders of them")
+    which.add_argument("--local", metavar="PROFILE.json", help="run plans on this machine, priced by this profile")
+    parser.add_argument("--no-fit", action="store_true", help="with --published: fit nothing, judge every row")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --published: which rows are fitted (0)")
+    parser.add_argument("--all", action="store_true", help="with --published: a line for every row")
+    parser.add_argument("--pairs", type=int, default=42, metavar="N", help="with --local: pairs of (model, plan) (42)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="with --local: gloo processes (2)")
     parser.add_argument("--json", action="store_true", help="a last line of JSON")
     args = parser.parse_args()
-    found = validation_local.run(args.local, args.pairs, args.ranks, lambda text: print(text, file=sys.stderr, flush=True))
-    show_local(found)
+    try:
+        if args.published:
+            found = show_published(run_published(args.published, not args.no_fit, args.seed), args.all)
+        else:
+            found = validation_local.run(args.local, args.pairs, args.ranks, lambda text: print(text, file=sys.stderr, flush=True))
+            show_local(found)
+    except (AutoparError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 2
     if args.json:
         print(json.dumps(found))
     return 0

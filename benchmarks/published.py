@@ -1,0 +1,364 @@
+"""Training runs that others measured: read from their CSV files, and priced by this package's cost model.
+
+A run is a transformer, so its ops need no capture: the matrix products, attention and bytes of one layer are written down here, as
+`OpCost`s, and priced by `OpCost.seconds`, `collective_seconds` and `pipeline_seconds`, which price every plan.
+
+What a device reaches is given by `Constants`, which become curves of the device. They are fitted on some rows and judged on others.
+Eager execution takes the longer of what the device and what the host needs for a layer: small layers wait for their launches.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from netmind_autopar.costs.compute import OpCost
+from netmind_autopar.costs.curves import interpolate
+from netmind_autopar.costs.device import cluster_profile, make_mesh
+from netmind_autopar.costs.pipeline import pipeline_seconds
+from netmind_autopar.costs.space import START_LAUNCHES, collective_seconds
+from netmind_autopar.ir.errors import InputError
+from netmind_autopar.ir.mesh import Axis, Curve, Device, Mesh
+
+MOST = {
+    "matmul": 1.0,
+    "attention": 1.0,
+    "memory": 1.0,
+    "link": 1.3,
+    "inter": 1.3,
+    "reduced": 1.0,
+    "compiled": 1.0,
+}  # no rate beyond the vendor's
+FORWARD_OPS, BACKWARD_OPS = 25, 40  # kernels of one layer
+ACTIVATION_READS = 60  # bytes that norms, residuals, bias, GELU and dropout of one layer move in forward, per element of [tokens, hidden]
+ADAM_BYTES = 18  # of state and gradients that the optimizer reads and writes, per parameter: mixed precision
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run. Sizes are global but for `micro`, the sequences of one micro-batch on one replica."""
+
+    name: str
+    device: str  # a cluster preset
+    layers: int
+    hidden: int
+    ffn: int
+    gated: bool
+    heads: int
+    kv_heads: int
+    vocab: int
+    seq: int
+    micro: int
+    micro_batches: int
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    pp: int = 1
+    fsdp: bool = False
+    chunks: int = 1
+    dtype: str = "float16"
+    recompute: str = "none"
+    compiled: bool = False
+    async_tp: bool = False
+    seconds: float = 0.0  # measured, of a step
+    group: str = ""
+
+    @property
+    def layer_parameters(self) -> float:
+        kv = 2 * self.hidden * self.hidden * self.kv_heads / self.heads
+        return 2 * self.hidden**2 + kv + (3 if self.gated else 2) * self.hidden * self.ffn
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a kind of machine and its software reach."""
+
+    matmul: float = 0.8  # of the peak, when large
+    ramp_s: float = 7e-6
+    memory: float = 0.85  # of the memory bandwidth
+    host_s: float = 3e-5  # of the host, per kernel
+    link: float = 1.0  # times the preset's link inside a node
+    inter: float = 1.0  # times the preset's link between nodes
+    step_s: float = 5e-3  # what every step costs besides
+    reduced: float = 1.0  # of the peak that the reduced float8 products reach, as a part of `matmul`
+    attention: float = 0.5  # of the peak, fused
+    compiled: float = 1.0  # bytes that a compiled layer still moves
+
+
+# Fitted on half of the rows of each source (seed 0, no tables; mean errors there 6.6%, 6.9%, 5.7%): vTrain's A100 runs of one node and of
+# several (Bang et al., MICRO 2024), torchtitan's published runs on H100, H200 and A100.
+FITTED: dict[str, Constants] = {
+    "vtrain, one node": Constants(matmul=0.642, ramp_s=6.92e-5, memory=0.999, host_s=5.40e-5, step_s=3.84e-3),
+    "vtrain, several nodes": Constants(inter=0.494),
+    "torchtitan": Constants(matmul=0.722, attention=0.341, memory=0.368, reduced=0.735, compiled=0.943),
+}
+FREE: dict[str, tuple[str, ...]] = {  # what is fitted
+    "vtrain, one node": ("matmul", "ramp_s", "memory", "host_s", "step_s"),
+    "vtrain, several nodes": ("matmul", "memory", "inter"),
+    "torchtitan": ("matmul", "attention", "memory", "reduced", "compiled"),
+}
+LEAST_ROWS = 4  # fewer are not fitted
+
+GRID = tuple(10.0 ** (e / 2) for e in range(6, 36))
+
+
+@lru_cache(maxsize=64)
+def machine(cluster: str, c: Constants) -> Device:
+    """The preset's device with curves that say what the constants say."""
+    device = make_mesh("a=1", cluster).device
+    curves = []
+    for dtype in ("float16", "bfloat16", "float8_e4m3fn"):
+        reach = c.matmul * (c.reduced if dtype.startswith("float8") else 1.0)
+        points = tuple((x, x / (device.flops(dtype) * reach) + c.ramp_s) for x in GRID)
+        fused = tuple((x, x / (device.flops(dtype) * c.attention) + c.ramp_s) for x in GRID)
+        curves += [Curve("matmul", dtype, points), Curve("attention", dtype, fused)]
+        curves.append(Curve("elementwise", dtype, tuple((x, x / (device.memory_bandwidth_bytes_s * c.memory)) for x in GRID)))
+    return replace(device, curves=tuple(curves), launch_s=1e-7)
+
+
+@lru_cache(maxsize=100_000)
+def product(device: Device, dtype: str, rows: float, inner: float, columns: float, count: float = 1.0) -> float:
+    """Seconds of `count` matrix products at once."""
+    sizes = {"b": max(1, round(count)), "m": max(1, round(rows)), "k": max(1, round(inner)), "n": max(1, round(columns))}
+    size = 1 if dtype.startswith("float8") else 2
+    operands = ((("b", "m", "k"), size, 0), (("b", "k", "n"), size, 0), (("b", "m", "n"), 2, 1))
+    flops = 2.0 * math.prod(sizes.values())
+    return _seconds(OpCost("matmul", flops, dtype, sizes, operands, (("m",), ("n",), ("k",)), op="mm"), device)
+
+
+@lru_cache(maxsize=100_000)
+def attended(device: Device, dtype: str, heads: float, queries: float, keys: float, size: float) -> float:
+    """Seconds of a causal attention that never writes its scores, on the device whose queries see the most keys."""
+    sizes = {"h": max(1, round(heads)), "s": max(1, round(queries)), "t": max(1, round(keys)), "d": max(1, round(size))}
+    operands = ((("h", "s", "d"), 2, 0), (("h", "t", "d"), 4, 0), (("h", "s", "d"), 2, 1))
+    flops = 4.0 * math.prod(sizes.values()) * (1.0 - 0.5 * queries / keys)
+    return _seconds(OpCost("attention", flops, dtype, sizes, operands, op="attention"), device)
+
+
+@lru_cache(maxsize=100_000)
+def passed(device: Device, amount: float) -> float:
+    """Seconds of ops that move so many bytes."""
+    return _seconds(OpCost("elementwise", 0.0, "bfloat16", {"x": max(1, round(amount))}, ((("x",), 1, 0),), op="add"), device)
+
+
+def _seconds(cost: OpCost, device: Device) -> float:
+    return float(cost.seconds((("-",),), Mesh((Axis("a", 1),), device))[0])
+
+
+def sent(kind: str, axis: Axis, amount: float) -> float:
+    """Seconds of a collective over `axis` of a tensor of `amount` bytes, whole."""
+    if axis.size == 1:
+        return 0.0
+    bytes_ = amount * (axis.size - 1) / axis.size * (2 if kind == "all_reduce" else 1)
+    return float(collective_seconds(kind, axis, bytes_)) + (0.0 if axis.measured(kind) else START_LAUNCHES * 4e-6)
+
+
+def axes_of(run: Run, c: Constants, tables: Sequence[tuple[int, Curve]] = ()) -> dict[str, Axis]:
+    """The axes of a run: pipeline outermost, tensor innermost, as Megatron and torchtitan lay ranks out."""
+    mesh = make_mesh(f"pp={run.pp},dp={run.dp},cp={run.cp},tp={run.tp}", run.device)
+    profile = cluster_profile(run.device)
+    out, inner = {}, 1
+    for axis in reversed(mesh.axes):
+        inside = inner * axis.size <= profile.node_size
+        curves = tuple(curve for group, curve in tables if group == axis.size and inside)
+        # a ring that passes through k devices of every node has k cards to leave it by
+        cards = 1 if inside else max(1, min(axis.size, profile.node_size // inner))
+        rate = axis.bandwidth_bytes_s * (
+            c.link if inside else min(c.inter * cards, profile.links.intra.bandwidth_bytes_s / axis.bandwidth_bytes_s)
+        )
+        out[axis.name] = replace(axis, bandwidth_bytes_s=rate, curves=curves)
+        inner *= axis.size
+    return out
+
+
+def layer(run: Run, device: Device, axes: dict[str, Axis], c: Constants) -> tuple[float, float]:
+    """(forward, backward) seconds of one layer and one micro-batch, what tensor and context parallelism send included."""
+    tokens, h, t = run.micro * run.seq / run.cp, run.hidden, run.tp
+    kv = 2 * h * run.kv_heads / run.heads
+    work = product(device, run.dtype, tokens, h, (h + kv) / t) + product(device, run.dtype, tokens, h / t, h)
+    work += product(device, run.dtype, tokens, h, (2 if run.gated else 1) * run.ffn / t) + product(
+        device, run.dtype, tokens, run.ffn / t, h
+    )
+    wide = "bfloat16" if run.dtype.startswith("float8") else run.dtype
+    heads, queries, size = run.micro * run.heads / t, run.seq / run.cp, h / run.heads
+    if run.gated:
+        core = attended(device, wide, heads, queries, run.seq, size)
+    else:  # scores are written and read
+        core = 2 * product(device, wide, queries, size, run.seq, heads)
+    moved = tokens * h * ACTIVATION_READS * (c.compiled if run.compiled else 1.0)
+    moved = moved * (0.4 + 0.6 / t) + (0 if run.gated else run.micro * run.heads / t * run.seq**2 * 16)
+    kind = "all_gather" if run.gated else "all_reduce"  # with sequence parallelism: a gather and a scatter for each reduction
+    travel = sent(kind, axes["tp"], tokens * h * 2) * (4 if run.gated else 2) * (0.3 if run.async_tp else 1.0)
+    travel += sent("all_gather", axes["cp"], run.micro * run.seq * kv / t * 2)
+    forward = work + core + passed(device, moved) + travel
+    backward = 2 * work + 2.5 * core + 2 * passed(device, moved) + travel
+    host = c.host_s * (0.3 if run.compiled else 1.0)
+    forward, backward = max(forward, FORWARD_OPS * host), max(backward, BACKWARD_OPS * host)
+    return forward, backward + forward * {"none": 0.0, "selective": 0.5, "full": 1.0}[run.recompute]
+
+
+def predict(run: Run, c: Constants, tables: Sequence[tuple[int, Curve]] = ()) -> float:
+    """Seconds of a step."""
+    device, axes = machine(run.device, c), axes_of(run, c, tables)
+    forward, backward = layer(run, device, axes, c)
+    tokens, wide = run.micro * run.seq / run.cp, "bfloat16" if run.dtype.startswith("float8") else run.dtype
+    head = 3 * product(device, wide, tokens, run.hidden, run.vocab / run.tp) + passed(device, tokens * run.vocab / run.tp * 20)
+    each = run.layers / run.pp
+    sharded, reduced = 0.0, 0.0
+    if run.fsdp:  # parameters are gathered in forward and backward, gradients scattered: hidden behind the layer's compute
+        weights = run.layer_parameters / run.tp * 2
+        gather, scatter = sent("all_gather", axes["dp"], weights), sent("reduce_scatter", axes["dp"], 2 * weights)
+        sharded = each * (max(0.0, gather - forward) + max(0.0, gather + scatter - backward))
+    else:
+        reduced = sent("all_reduce", axes["dp"], (run.layers * run.layer_parameters / run.pp + run.vocab * run.hidden) / run.tp * 2)
+    stages = [each * (forward + backward)] * run.pp
+    stages[-1] += head
+    border = sent("all_gather", replace(axes["pp"], size=min(2, run.pp)), 2 * tokens * run.hidden * 2 / run.tp)
+    busy = pipeline_seconds(stages, run.micro_batches, chunks=run.chunks, send_s=border if run.pp > 1 else 0.0)
+    parameters = (run.layers * run.layer_parameters / run.pp + run.vocab * run.hidden) / run.tp / (run.dp if run.fsdp else 1)
+    return busy + sharded + reduced + passed(device, parameters * ADAM_BYTES) + c.step_s
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+
+LLAMAS = {
+    "8B": (32, 4096, 14336, 32, 8),
+    "13B": (40, 5120, 13824, 40, 40),
+    "70B": (80, 8192, 28672, 64, 8),
+    "405B": (126, 16384, 53248, 128, 8),
+}
+GPT_VOCAB = 51200
+
+
+def read(path: str | Path) -> list[Run]:
+    """The runs of a CSV file with one of the known headers."""
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    if rows and "iteration time (ms)" in rows[0]:
+        return [_megatron(r) for r in rows]
+    if rows and "tokens_per_s_per_GPU" in rows[0]:
+        return [_torchtitan(r) for r in rows]
+    raise InputError(f"{path} has no known header", try_="a file with the header of vTrain's or torchtitan's runs")
+
+
+def _megatron(row: dict[str, str]) -> Run:
+    n = {key: float(value) for key, value in row.items()}
+    hidden, t, d, p = (int(n[key]) for key in ("hidden size", "tensor parallelism", "data parallelism", "pipeline parallelism"))
+    micro = int(n["micro batch"])
+    several = n["# GPUs"] > 8
+    return Run(
+        " ".join(row.values()),
+        "dgx-a100",
+        int(n["# layers"]),
+        hidden,
+        4 * hidden,
+        False,
+        *(int(n["attention heads"]),) * 2,
+        GPT_VOCAB,
+        int(n["sequence length"]),
+        micro,
+        max(1, round(n["global batch"] / d / micro)),
+        tp=t,
+        dp=d,
+        pp=p,
+        recompute="full" if several else "none",
+        seconds=n["iteration time (ms)"] / 1e3,
+        group="vtrain, several nodes" if several else "vtrain, one node",
+    )
+
+
+def _torchtitan(row: dict[str, str]) -> Run:
+    size = row["model"].rsplit("-", 1)[1]
+    layers, hidden, ffn, heads, kv = LLAMAS[size]
+    degree = {name: int(n) for name, n in re.findall(r"(FSDP|TP|CP|PP)(\d+)", row["parallel"])}
+    seq = next((int(value) for key, value in row.items() if key.startswith("seq") and value), 4096 if "llama2" in row["model"] else 8192)
+    dp, cp, tp, pp = (degree.get(name, 1) for name in ("FSDP", "CP", "TP", "PP"))
+    local, gpus = int(row["local_batch"]), int(row["GPUs"])
+    device = {"H100": "h100-sxm", "H200": "h200", "A100": "a100-80"}[row["gpu"][:4]]
+    kept = row["act_ckpt"]
+    rate = float(row["tokens_per_s_per_GPU"])
+    return Run(
+        f"{row['model']} {row['gpu'][:4]} {row['parallel']} {seq} {row['dtype']} {kept} compile={row['torch_compile']}",
+        device,
+        layers,
+        hidden,
+        ffn,
+        True,
+        heads,
+        kv,
+        32000 if "llama2" in row["model"] else 128256,
+        seq,
+        max(1, local // pp),  # as many micro-batches as stages
+        pp,
+        tp=tp,
+        cp=cp,
+        dp=dp,
+        pp=pp,
+        fsdp=True,
+        chunks=2 if "interleaved" in row["parallel"] else 1,
+        dtype="float8_e4m3fn" if row["dtype"].startswith("float8") else "bfloat16",
+        recompute="full" if kept == "full" else "none" if kept == "none" else "selective",
+        compiled=row["torch_compile"] == "1",
+        async_tp=row["async_tp"] == "1",
+        seconds=local * dp * seq / (rate * gpus),
+        group="torchtitan",
+    )
+
+
+def read_table(path: str | Path) -> list[tuple[int, float, float]]:
+    """(devices, bytes, seconds) of a table of all-reduce times; the number of devices is in the file's name."""
+    found = re.search(r"GPU(\d+)", Path(path).name)
+    if not found:
+        raise InputError(f"the name of {path} does not tell how many devices reduce", try_="AR_GPU8_1M_1024M_LUT")
+    with open(path, newline="", encoding="utf-8") as f:
+        return [(int(found[1]), float(row[0]), float(row[3]) / 1e9) for row in list(csv.reader(f))[1:]]
+
+
+def tables_of(rows: Iterable[tuple[int, float, float]]) -> list[tuple[int, Curve]]:
+    """Curves over the bytes that one device sends, from (devices, bytes, seconds)."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for n, size, seconds in rows:
+        groups.setdefault(n, []).append((2 * size * (n - 1) / n, seconds))
+    return [(n, Curve("all_reduce", "", tuple(sorted(points)))) for n, points in sorted(groups.items())]
+
+
+def table_seconds(rows: Sequence[tuple[int, float, float]], tables: Sequence[tuple[int, Curve]]) -> list[float]:
+    """Seconds of all-reduces: from curves, or from the preset where there are none."""
+    known: dict[int, Any] = dict(tables)
+    out = []
+    for n, size, _ in rows:
+        if n in known:
+            out.append(float(interpolate(known[n].points, 2 * size * (n - 1) / n)))
+        else:
+            out.append(sent("all_reduce", make_mesh(f"a={n}", "dgx-a100").axes[0], size))
+    return out
+
+
+def fitted(runs: Sequence[Run], start: Constants, names: Sequence[str], tables: Sequence[tuple[int, Curve]]) -> Constants:
+    """Constants with which the mean relative error over `runs` is least: one constant after the other, in ever smaller steps."""
+
+    def loss(c: Constants) -> float:
+        return float(np.mean([abs(math.log(predict(r, c, tables) / r.seconds)) for r in runs]))
+
+    best, least = start, loss(start)
+    step = 1.6
+    while step > 1.01:
+        better = False
+        for name in names:
+            for factor in (step, 1 / step):
+                value = getattr(best, name) * factor
+                if value > MOST.get(name, math.inf):
+                    continue
+                tried = replace(best, **{name: value})
+                if (found := loss(tried)) < least:
+                    best, least, better = tried, found, True
+        step = step if better else math.sqrt(step)
+    return best
