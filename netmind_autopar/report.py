@@ -323,6 +323,7 @@ def diff_report(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Group 
         "mesh": [",".join(f"{x.name}={x.size}" for x in p.mesh) for p in (a, b)],
         "cluster": [a.cluster, b.cluster],
         "optimizer": [a.optimizer, b.optimizer],
+        "micro-batches": [str(p.micro_batches) for p in (a, b)],
         "limit": [size(p.memory_limit_bytes) if p.memory_limit_bytes else "none" for p in (a, b)],
         "step": [seconds(p.cost.step_s) for p in (a, b)],
         "communication": [seconds(p.cost.communication_s) for p in (a, b)],
