@@ -1,44 +1,128 @@
-"""Small changes to a way of saving memory that fits: keep one more thing, or exchange one for another, while that is faster and fits.
+"""Small changes to a way of saving memory that fits: what is kept instead of run again, and the other way round, while that is faster.
 
-A unit is one instance of a node that may run again or one value that may be converted again. Units are tried in the order of the
-seconds that they are about; every trial is a run of the tape, and `tries` limits them, so that it costs the same on every machine.
+A unit is one instance of a node that may run again or one value that may be converted again. Layers are alike, so of every node two
+units are enough: the last layer that runs it again, which need not, and the first one that does not, which might. Each is switched by
+itself, by a run of the tape; what that changes in seconds, and in bytes at every moment, says which two or three together may be faster
+and fit. A run of the tape decides. Where there are few units, all changes are tried. `tries` limits the runs, so that it costs the same
+on every machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+
+from .border import border
 from .tape import NONE, Run, Saved, Tape
 
 Unit = tuple[str, int | str, int]  # "recompute" and a node, or "regather" and a value's name; the position of the instance
+CHECKED = 8  # changes per round that are run before a round is given up
+FEW = 40  # units of which all changes are tried
+BORDER = 40  # runs that must be left for the integer program of border.py to be worth its time
+FASTER = 1e-9  # relative seconds that count
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Units and what switching each does. bytes: [units, moments], of the moments at which three of them could exceed the limit."""
+
+    units: list[Unit]
+    seconds: np.ndarray
+    bytes: np.ndarray
+    slack: np.ndarray
 
 
 def polish(tape: Tape, saved: Saved, run: Run, limit: int, tries: int) -> tuple[Saved, Run]:
     """The better way, and its run; the given ones when there is none."""
-    left = [tries]
-    improved = True
-    while improved and left[0] > 0:
-        improved = False
-        for change in _changes(tape, saved):
-            if left[0] <= 0:
-                break
-            left[0] -= 1
+    ways = [_switched(tape, saved, run, limit, tries)]
+    if tries >= BORDER:
+        other, after = border(tape, saved, run, limit)
+        if after.seconds < run.seconds:
+            ways.append(_switched(tape, other, after, limit, tries))
+    return min(ways, key=lambda way: way[1].seconds)
+
+
+def _switched(tape: Tape, saved: Saved, run: Run, limit: int, tries: int) -> tuple[Saved, Run]:
+    every = units(tape)
+    while tries > 0:
+        found = moves(tape, saved, run, limit, candidates(every, saved)[: max(tries // 2, 1)])
+        changes = [tuple(found.units[i] for i in change) for change in ranked(found)[:CHECKED]]
+        if len(every) <= FEW:
+            changes += _changes(every, saved)
+        tries -= len(found.units)
+        better = None
+        for change in changes[: max(tries, 0)]:
+            tries -= 1
             other = toggled(saved, change)
-            found = tape.run(other)
-            if found.peak <= limit and found.seconds < run.seconds * (1 - 1e-9):
-                saved, run, improved = other, found, True
+            after = tape.run(other)
+            if after.peak <= limit and after.seconds < run.seconds * (1 - FASTER):
+                better = other, after
                 break
+        if better is None:
+            break
+        saved, run = better
     return saved, run
 
 
-def _changes(tape: Tape, saved: Saved) -> Iterator[tuple[Unit, ...]]:
+def _changes(every: list[Unit], saved: Saved) -> Iterator[tuple[Unit, ...]]:
     """First to give one up, then to exchange one for another, then two for one."""
-    every = units(tape)
     on = [unit for unit in every if is_on(saved, unit)]
     off = [unit for unit in reversed(every) if not is_on(saved, unit)]
     yield from ((unit,) for unit in on)
     yield from ((a, b) for a in on for b in off)
     yield from ((a, b, c) for a in on for i, b in enumerate(off) for c in off[i + 1 :])
+
+
+def candidates(every: list[Unit], saved: Saved) -> list[Unit]:
+    """Of every node or value the last unit that is on and the first that is off, the dearest first."""
+    on: dict[tuple[str, int | str], Unit] = {}
+    off: dict[tuple[str, int | str], Unit] = {}
+    for unit in every:
+        key, side = unit[:2], on if is_on(saved, unit) else off
+        if key not in side or (unit[2] > side[key][2]) == (side is on):
+            side[key] = unit
+    keys = dict.fromkeys(unit[:2] for unit in every)
+    return [side[key] for key in keys for side in (on, off) if key in side]
+
+
+def moves(tape: Tape, saved: Saved, run: Run, limit: int, among: list[Unit]) -> _Moves:
+    """What switching each unit by itself does."""
+    moments = tape.problem.moments
+    before = run.profile(moments)
+    runs = [tape.run(toggled(saved, (unit,))) for unit in among]
+    changes = np.array([after.profile(moments) - before for after in runs], np.int64).reshape(len(among), moments)
+    slack = limit - before
+    tight = 3 * changes.max(axis=0, initial=0) > slack
+    return _Moves(among, np.array([after.seconds - run.seconds for after in runs]), changes[:, tight], slack[tight])
+
+
+def ranked(found: _Moves) -> list[tuple[int, ...]]:
+    """Changes of one, two or three units of different nodes that should be faster and fit, the fastest first."""
+    out = [(seconds, change) for change, seconds in _combined(found)]
+    return [change for _, change in sorted(out)]
+
+
+def _combined(found: _Moves) -> Iterator[tuple[tuple[int, ...], float]]:
+    seconds, count = found.seconds, len(found.units)
+    gains = [i for i in range(count) if seconds[i] < 0]
+    keys = [unit[:2] for unit in found.units]
+    for i in gains:
+        left = found.slack - found.bytes[i]
+        if (left >= 0).all():
+            yield (i,), float(seconds[i])
+        for j in range(count):
+            if j == i or keys[j] == keys[i] or seconds[i] + seconds[j] >= 0 or (seconds[j] < 0 and j < i):
+                continue
+            rest = left - found.bytes[j]
+            if (rest >= 0).all():
+                yield (i, j), float(seconds[i] + seconds[j])
+                continue
+            third = np.flatnonzero((found.bytes <= rest).all(axis=1) & (seconds >= 0) & (seconds[i] + seconds[j] + seconds < 0))
+            for k in third.tolist():
+                if k > j and keys[k] not in (keys[i], keys[j]):
+                    yield (i, j, k), float(seconds[i] + seconds[j] + seconds[k])
 
 
 def units(tape: Tape) -> list[Unit]:
