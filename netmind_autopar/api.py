@@ -78,8 +78,8 @@ def plan(
     "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
     (docs/baselines.md), checkpoint: and runs every block again in backward. micro_batches: how many the step is made of, run one
     after the other with gradients added up; None: one, unless more fit where it does not, or are faster. outputs: names to keep, all
-    when None. mode: "inference" plans forward alone. offload: activations may wait for backward in host memory. random_costs: a seed;
-    prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
+    when None. mode: "inference" plans forward alone. offload: activations and optimizer state may wait in host memory or on disk.
+    random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
     timeline: also simulate the step with collectives beside compute and fill in `Plan.cost.timeline_s` (it lowers the program).
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """

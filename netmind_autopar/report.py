@@ -95,7 +95,7 @@ def plan_report(
     parts += [Text(), _time(plan.cost), Text(), _memory(plan)]
     if plan.micro_batches > 1:
         parts.append(Text(f"The step is {plan.micro_batches} micro-batches, one after the other; their gradients are added up."))
-    parts += [Text(), _saved(plan, show_all)] if plan.recompute or plan.regather or plan.offload else []
+    parts += [Text(), _saved(plan, show_all)] if plan.recompute or plan.regather or plan.offload or plan.state else []
     parts += [Text(), _parameters(plan, parameters, show_all)] if parameters else []
     parts += [Text(), _work(plan, work, show_all)] if work else []
     parts += [Text(), _collectives(plan)]
@@ -201,7 +201,12 @@ def _memory(plan: Plan) -> Group:
 def _saved(plan: Plan, show_all: bool) -> Group:
     """What is done to fit into the memory."""
     table = _table("", "")
-    kinds = (("runs again in backward", plan.recompute), ("gathered again", plan.regather), ("waits elsewhere", plan.offload))
+    kinds = (
+        ("runs again in backward", plan.recompute),
+        ("gathered again", plan.regather),
+        ("waits elsewhere", plan.offload),
+        ("waits between steps", plan.state),
+    )
     hidden = 0
     for what, entries in kinds:
         shown = entries if show_all else entries[:6]
