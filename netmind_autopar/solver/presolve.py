@@ -2,16 +2,36 @@
 
 Two strategies of a node that give all its values the same source states and want the same target states are alike for the rest of
 the problem, memory included. Of such a set only those stay that no other one beats in both seconds and resident bytes.
-A strategy that forces an impossible conversion goes too.
+A strategy that forces an impossible conversion goes too. Consumers of a value that always want the same are one consumer.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from .problem import Problem
+from .problem import Problem, Value
 
 Kept = tuple[tuple[int, ...], ...]
+
+
+def merged(problem: Problem) -> Problem:
+    """The same problem with consumers of one value that are of the same node and phase and always want the same state made one, which
+    takes it when the first of them does and lets go with the last: what every block takes (a mask, cosines) has one per block."""
+    return replace(problem, values=tuple(map(_merged, problem.values)))
+
+
+def _merged(value: Value) -> Value:
+    alike: dict[tuple[int, int, bytes], list[int]] = {}
+    for t, consumer in enumerate(value.consumers):
+        alike.setdefault((consumer.node, consumer.phase, consumer.state.tobytes()), []).append(t)
+    if len(alike) == len(value.consumers):
+        return value
+    groups = list(alike.values())
+    used = np.stack([value.used[:, ts].min(axis=1) for ts in groups], axis=1)
+    held = np.stack([value.held[:, ts].max(axis=1) for ts in groups], axis=1)
+    return replace(value, consumers=tuple(value.consumers[ts[0]] for ts in groups), used=used, held=held)
 
 
 def reduce(problem: Problem, allowed: Kept | None = None) -> Kept:

@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from . import milp
 from .bound import Local, Relaxed, prune
 from .memory import Moments, crowded
-from .presolve import Kept, cells, reduce
+from .presolve import Kept, cells, merged, reduce
 from .problem import Choice, Problem, evaluate, profile
+from .progress import Goal, State
 from .shard import Shard, Solution, dual_prices, solve_ilp
 
 MOST_CELLS = 16_000  # pairs of states that the ILP is built for
 PROBE_CELLS = 8_000  # and those of an ILP on the way, in these rounds of bounding:
 PROBES = (1, 3, 7, 15)
 PRUNE_SWEEPS = 4  # after so many sweeps a plan is tried, and what it rules out goes
+FAR = 1.5  # of the bytes wished for: what is far more
 SMALL_CELLS = 1_500  # an ILP of this size is solved as it is
 DUAL_CELLS = (4_000, 8_000, 12_000)  # of the LPs that price memory
 WITHIN_CELLS = 3_000  # of an ILP with memory rows on the way
@@ -42,82 +44,71 @@ TRIES = 4_000  # plans counted out to make one that just fits faster
 NODES = 30  # which branches at most this often
 
 
-@dataclass
-class State:
-    """What is known so far: strategies that remain, the best plan that fits, the proven bound.
+def solve_problem(
+    problem: Problem, *, allowed: Kept | None = None, time_limit: float = 60.0, gap: float = 1e-4, wish: int | None = None
+) -> Solution:
+    """The cheapest choice within the limit, with a bound that holds. Status "infeasible" is proven, "unknown" is not.
 
-    excess: per strategy, what it costs at least above `base`, a bound that was proven together with it.
+    wish: bytes; where the limit is none, and plans near the best need far more than this, one of them will do.
     """
-
-    kept: Kept
-    best: Choice | None = None
-    best_s: float = math.inf
-    bound: float = -math.inf
-    excess: list[np.ndarray] | None = None
-    base: float = -math.inf
-
-    @property
-    def scale(self) -> float:
-        """Seconds of about the objective's size."""
-        if 0 < self.best_s < math.inf:
-            return self.best_s
-        return self.bound if self.bound > 0 else 1.0
-
-    def offer(self, problem: Problem, choice: Choice) -> bool:
-        """Keep `choice` if it fits and is cheaper."""
-        cost, peak, _ = evaluate(problem, choice)
-        fits = problem.limit_bytes is None or peak <= problem.limit_bytes
-        if fits and cost < self.best_s:
-            self.best, self.best_s = choice, cost
-        return fits and cost < math.inf
-
-
-def solve_problem(problem: Problem, *, allowed: Kept | None = None, time_limit: float = 60.0, gap: float = 1e-4) -> Solution:
-    """The cheapest choice within the limit, with a bound that holds. Status "infeasible" is proven, "unknown" is not."""
     deadline = time.monotonic() + time_limit
+    problem = merged(problem)
     kept = reduce(problem, allowed)
     if not all(kept):
         return Solution(None, math.inf, math.inf, milp.INFEASIBLE)
     free = replace(problem, limit_bytes=None)
-    state = _tighten(free, kept, gap, deadline)
+    goal = Goal(gap, far=FAR * wish if wish is not None and problem.limit_bytes is None else math.inf)
+    state = _tighten(free, kept, goal, deadline)
+    if not goal.met(state) and goal.is_far(free, state):
+        return Solution(state.best, state.best_s, state.bound, milp.FEASIBLE)
     first = _finish(free, state, gap, deadline)
     if first.choice is None or problem.limit_bytes is None or evaluate(problem, first.choice)[1] <= problem.limit_bytes:
         return first
     return _within_limit(problem, kept, first, gap, deadline)
 
 
-def quick(problem: Problem, allowed: Kept | None, deadline: float, gap: float = 1e-3) -> Solution:
-    """A good choice without an integer program, and a bound that holds; the limit is not looked at."""
+def quick(
+    problem: Problem, allowed: Kept | None, deadline: float, gap: float = 1e-3, *, shift: float = 0.0, near: Choice | None = None
+) -> Solution:
+    """A good choice without an integer program, and a bound that holds; the limit is not looked at.
+
+    shift: what is added to the objective, so that `gap` is relative to the seconds of a plan. near: a choice to start from."""
+    problem = merged(problem)
     kept = reduce(problem, allowed)
     if not all(kept):
         return Solution(None, math.inf, math.inf, milp.INFEASIBLE)
-    state = _tighten(replace(problem, limit_bytes=None), kept, gap, deadline, rounds=2)
+    state = _tighten(replace(problem, limit_bytes=None), kept, Goal(gap, shift), deadline, rounds=2, near=near)
     return Solution(state.best, state.best_s, min(state.bound, state.best_s), milp.FEASIBLE)
 
 
-def _tighten(problem: Problem, kept: Kept, gap: float, deadline: float, rounds: int = 25, sweeps: int = 20) -> State:
+def _tighten(
+    problem: Problem, kept: Kept, goal: Goal, deadline: float, rounds: int = 25, sweeps: int = 20, near: Choice | None = None
+) -> State:
     """Bound, plans and pruning without memory, until what is left suits the ILP."""
     state, moments = State(kept), Moments(problem)
     prices = dict(problem.prices)
     relaxed, local = Relaxed(problem, kept, moments), Local(problem, kept, prices, moments)
     relaxed.reprice(prices, 0.0)
+    if near is not None:
+        state.offer(problem, local.descend(near))
     for round_ in range(rounds):
         start = relaxed.bound()
         for sweep in range(sweeps):
             relaxed.rebalance()
+            if sweep % PRUNE_SWEEPS != PRUNE_SWEEPS - 1:
+                relaxed.sweep()
+                continue
             before = relaxed.bound()
             choice, excess = relaxed.sweep()
-            if sweep % PRUNE_SWEEPS != PRUNE_SWEEPS - 1:
-                continue
             known = state.best_s
             state.offer(problem, local.descend(choice))
             if state.best_s < known or sweep == sweeps - 1:
                 state.bound, state.base, state.excess = before, before, excess
                 _prune(state, relaxed, excess, before)
                 local.kept = state.kept
-            if state.best_s - state.bound <= 0.1 * gap * abs(state.best_s):
+            if goal.met(state):
                 break
-        if state.best_s - state.bound <= 0.1 * gap * abs(state.best_s) or time.monotonic() > deadline:
+        if goal.met(state) or goal.is_far(problem, state) or time.monotonic() > deadline:
             break
         if cells(problem, state.kept) <= MOST_CELLS or relaxed.bound() - start < 1e-5 * abs(start):
             break

@@ -67,7 +67,7 @@ def solve(
     task = Task(program, rules, mesh, conversions, inputs, states, offload)
     built = task.build()
     allowed = pinned(program, built, mesh, pins or {}, forbid or {})
-    found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap)
+    found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap, wish=limit)
     saving = Decision(built, found)
     if found.choice is not None and evaluate(built.problem, found.choice)[1] > limit:
         left = max(time_limit - (time.monotonic() - clock), 1.0)

@@ -71,8 +71,9 @@ class _Search:
         host = found.answer.host if found else (0.0, 0.0)
         most = self.best[0] if self.best else 0.0
         relaxed, constant = priced(cut, prices, shares(cut, found.answer if found else None), self.limit, host, most)
-        answer = quick(relaxed, self.allowed, self.deadline)
-        if self.best is not None or self.problem.host_bytes_s <= 0:
+        near = self.best[1] if self.best else None
+        answer = quick(relaxed, self.allowed, self.deadline, shift=constant, near=near)
+        if self.best is not None or not any(host):  # else nothing is known about how much transfers hide
             self.bound = max(self.bound, answer.bound + constant)
         return answer.choice
 

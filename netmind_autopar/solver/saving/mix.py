@@ -185,8 +185,12 @@ def _layers(tape: Tape, cut: Cut, less: Way, more: Way, limit: int) -> tuple[tup
 
     if at(high).peak > limit:
         return None, min(run.peak for _, run in runs.values()) - limit
-    while low < high:
+    while low < high:  # the peak falls about evenly with k: look where the line between what is known meets the limit
         middle = (low + high) // 2
+        if low - 1 in runs and len(runs) % 3:
+            above, below = at(low - 1).peak, at(high).peak
+            middle = low - 1 + math.ceil((high - low + 1) * (above - limit) / max(above - below, 1))
+            middle = min(max(middle, low), high - 1)
         if at(middle).peak <= limit:
             high = middle
         else:
