@@ -18,6 +18,9 @@ from partitioner import Counted, Subject
 from netmind_autopar.ir.program import Program, is_getitem
 from netmind_autopar.solver.replay import rewritten
 from netmind_autopar.solver.saving import decide
+from netmind_autopar.solver.saving.border import Apart, border, labels
+from netmind_autopar.solver.saving.cut import Cut
+from netmind_autopar.solver.saving.mix import fit, least
 from netmind_autopar.solver.saving.tape import Saved, Tape
 
 BUDGETS = (0.3, 0.6, 0.9)
@@ -74,6 +77,37 @@ def test_at_equal_peak_no_more_runs_again(by: str, budgets: tuple[float, ...]) -
         print(partitioner._line(row))
     found = partitioner.verdict(rows, [])
     assert found["planned"] and found["never_above"] and found["least_ratio"] >= 1.0 and found["least_used"] >= 0.98
+
+
+def test_the_layer_at_the_border_fills_what_is_left() -> None:
+    """Whole numbers for single layers: within the limit, never slower, and somewhere faster than whole layers are."""
+    on = small()
+    problem = replace(on.built.problem, host_bytes_s=0.0)
+    assert on.first.choice is not None
+    tape = Tape(problem, on.first.choice)
+    cut = Cut(tape)
+    low, high = least(tape, cut)[1].peak, tape.run().peak
+    faster = 0
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        limit = int(low + share * (high - low))
+        found = fit(tape, cut, limit)
+        assert found is not None
+        saved, run = border(tape, found.saved, found.run, limit)
+        assert run.peak <= limit and run.seconds <= found.run.seconds
+        assert tape.run(saved).seconds == run.seconds
+        faster += run.seconds < found.run.seconds * (1 - 1e-6)
+    assert faster
+
+
+def test_groups_of_layers_are_decided_apart() -> None:
+    """Every op that may run again is in one part, and no part is in two groups."""
+    on = small()
+    assert on.first.choice is not None
+    cut = Cut(Tape(on.built.problem, on.first.choice))
+    assert labels(cut, Saved({0: frozenset([0])})) == [1, 2]
+    apart = Apart(cut.tape, [1, 2], cut)
+    assert sorted(op.moment for part in apart.parts for op in part.ops) == sorted(op.moment for part in cut.parts for op in part.ops)
+    assert all(len({apart.layer(op) for op in part.ops}) == 1 for part in apart.parts)
 
 
 def test_a_planner_that_runs_every_block_again_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
