@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from netmind_autopar import Plan, cli
 from netmind_autopar.calibrate import fit, run
-from netmind_autopar.calibrate.cases import Case, cases_for
+from netmind_autopar.calibrate.cases import OPS, Case, cases_for, pool_for, tensors
 from netmind_autopar.calibrate.measure import elements
 from netmind_autopar.costs.comm import Conversions
 from netmind_autopar.costs.curves import at_size, interpolate, make, op_seconds
@@ -203,6 +205,19 @@ def test_the_report_says_how_wrong_it_may_be(tmp_path: Path) -> None:
 def costs() -> dict[str, Any]:
     cases = [c for c in cases_for("cpu", 0, 2**32) if c.op in ("mm", "mm.t", "add", "gelu", "gelu.tanh", "native_layer_norm")]
     return fit.costs_of(cases)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_runs_as_it_is_captured(op: str, dtype: str) -> None:
+    if (op, dtype) == ("native_layer_norm_backward", "bfloat16"):
+        pytest.skip("a CPU keeps the statistics in bfloat16; only CUDA, which keeps them in float32, is measured in it")
+    sizes = {1: (6, 16), 2: (6, 16), 3: (8, 8, 8), 4: (2, 4, 8, 8)}[len(inspect.signature(OPS[op].shapes).parameters)]
+    case = Case(op, sizes, dtype)
+    given = tensors(case, pool_for([case], torch.device("cpu")))
+    made = OPS[op].call(*given)
+    assert str(case) in fit.costs_of([case])
+    assert (made[0] if isinstance(made, tuple | list) else made).numel() > 0
 
 
 def law(cost: Any) -> float:

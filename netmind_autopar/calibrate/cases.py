@@ -34,7 +34,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
-    """How to call an op. `shapes(*sizes)`: of its tensors; one that begins with "i" and a number holds integers below that number."""
+    """How to call an op. `shapes(*sizes)`: of its tensors; one that begins with "i" and a number holds integers below that number, one
+    that begins with "wide" is float32 whatever the case's dtype."""
 
     call: Callable[..., Any]
     shapes: Callable[..., tuple]
@@ -94,7 +95,8 @@ OPS: dict[str, Op] = {
     "_softmax_backward_data": Op(lambda g, y: aten._softmax_backward_data.default(g, y, 1, g.dtype), _same(2)),
     "sum_exp": Op(_own("sum_exp"), lambda n, c: ((n, c), (n,))),
     "cross_entropy_backward": Op(
-        lambda g, x, t, lse: _own("cross_entropy_backward")(g, x, t, lse, 0, 1.0, 0.0), lambda n, c: ((n,), (n, c), (f"i{c}", n), (n,))
+        lambda g, x, t, lse: _own("cross_entropy_backward")(g, x, t, lse, 0, 1.0, 0.0),
+        lambda n, c: ((n,), (n, c), (f"i{c}", n), ("wide", n)),
     ),
     "sum": Op(lambda x: aten.sum.dim_IntList(x, [0]), _same(1)),
     "sum.rows": Op(lambda x: aten.sum.dim_IntList(x, [1]), _same(1)),
@@ -102,13 +104,13 @@ OPS: dict[str, Op] = {
     "native_layer_norm": Op(
         lambda x, w, b: aten.native_layer_norm.default(x, [x.shape[-1]], w, b, 1e-5), lambda n, c: ((n, c), (c,), (c,))
     ),
-    "native_layer_norm_backward": Op(_norm_backward, lambda n, c: ((n, c), (n, c), (n, 1), (n, 1), (c,), (c,))),
+    "native_layer_norm_backward": Op(_norm_backward, lambda n, c: ((n, c), (n, c), ("wide", n, 1), ("wide", n, 1), (c,), (c,))),
     "embedding": Op(lambda w, i: _own("embedding")(w, i, 0, -1), lambda n, c: ((4096, c), ("i4096", n))),
     "embedding_backward": Op(lambda g, i: _own("embedding_backward")(g, i, 4096, 0, -1), lambda n, c: ((n, c), ("i4096", n))),
     "attention": Op(_attention(False), lambda b, h, s, d: ((b, h, s, d),) * 3),
     "attention.causal": Op(_attention(True), lambda b, h, s, d: ((b, h, s, d),) * 3),
-    "attention_backward": Op(_attention_backward(False), lambda b, h, s, d: (*((b, h, s, d),) * 5, (b, h, s))),
-    "attention_backward.causal": Op(_attention_backward(True), lambda b, h, s, d: (*((b, h, s, d),) * 5, (b, h, s))),
+    "attention_backward": Op(_attention_backward(False), lambda b, h, s, d: (*((b, h, s, d),) * 5, ("wide", b, h, s))),
+    "attention_backward.causal": Op(_attention_backward(True), lambda b, h, s, d: (*((b, h, s, d),) * 5, ("wide", b, h, s))),
     "convolution": Op(
         lambda x, w: aten.convolution.default(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
         lambda n, c, h, o: ((n, c, h, h), (o, c, 3, 3)),
@@ -131,25 +133,30 @@ def tensors(case: Case, pool: Tensor) -> tuple[Tensor, ...]:
     """The operands of a case, cut from `pool`: numbers between 0 and 1, for which every op of the list is defined."""
     made, at = [], 0
     for shape in OPS[case.op].shapes(*case.sizes):
-        if isinstance(shape[0], str):
+        if str(shape[0]).startswith("i"):
             made.append(torch.randint(int(shape[0][1:]), shape[1:], device=pool.device))
             continue
-        count = math.prod(shape)
-        made.append(pool[at : at + count].view(shape).to(getattr(torch, case.dtype)))
-        at += count
+        sizes = _numbers(shape)
+        part = pool[at : at + math.prod(sizes)].view(sizes)
+        made.append(part if shape[0] == "wide" else part.to(getattr(torch, case.dtype)))
+        at += part.numel()
     return tuple(made)
+
+
+def _numbers(shape: tuple) -> tuple[int, ...]:
+    return tuple(n for n in shape if isinstance(n, int))
 
 
 def pool_for(cases: Sequence[Case], device: torch.device) -> Tensor:
     """Numbers enough for the operands of any of the cases."""
-    need = (sum(math.prod(s) for s in OPS[c.op].shapes(*c.sizes) if not isinstance(s[0], str)) for c in cases)
+    need = (sum(math.prod(_numbers(s)) for s in OPS[c.op].shapes(*c.sizes)) for c in cases)
     return torch.rand(max(need, default=1), device=device)
 
 
 def operand_bytes(case: Case) -> int:
     """About how much memory a call takes, its result included."""
     shapes = OPS[case.op].shapes(*case.sizes)
-    return 2 * sum(math.prod(n for n in s if isinstance(n, int)) for s in shapes) * 8
+    return 2 * sum(math.prod(_numbers(s)) for s in shapes) * 8
 
 
 def cases_for(device: str, seed: int, memory_bytes: int) -> list[Case]:

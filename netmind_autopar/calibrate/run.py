@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -234,8 +233,3 @@ def check_writable(path: str | Path) -> None:
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         why = f"{target.parent} is no folder that can be written"
         raise InputError(f"cannot write a profile to {target}", why=why, try_="--out my.json")
-
-
-def machine() -> str:
-    """The present machine, in a few words."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
