@@ -1,6 +1,6 @@
 """Predicted against measured times.
 
-    python benchmarks/validation.py --published FILE ... [--no-fit] [--seed N] [--json]
+    python benchmarks/validation.py --published FILE ... [--no-fit] [--seed N] [--plot FILE.png] [--json]
     python benchmarks/validation.py --local PROFILE.json [--pairs N] [--ranks N] [--json]
 
 --published: runs that others measured (files with the header of vTrain's or torchtitan's runs) and tables of all-reduce times (as
@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import numpy as np
 import published
+import scatter
 import validation_local
 
 from netmind_autopar.ir.errors import AutoparError
@@ -120,6 +121,14 @@ def show_published(rows: Sequence[dict[str, Any]], show_all: bool) -> dict[str, 
     return {**summary(rows), "groups": found}
 
 
+def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """The judged rows as a PNG; colours as the groups come: blue, red, green, violet."""
+    judged = [r for r in rows if not r["fitted"]]
+    groups = dict.fromkeys(r["group"] for r in judged)
+    pairs = [tuple([r[key] for r in judged if r["group"] == g] for key in ("measured_s", "predicted_s")) for g in groups]
+    scatter.write_png(scatter.scatter(pairs), path)  # type: ignore[arg-type]
+
+
 def show_local(found: dict[str, Any]) -> None:
     print(f"{'model':<24} {'plan':<12} {'predicted':>10} {'measured':>10} {'error':>7} {'CPU time':>10}")
     for r in found["rows"]:
@@ -129,6 +138,7 @@ def show_local(found: dict[str, Any]) -> None:
     print(f"{found['pairs']} pairs, {found['failed']} failed, load average {found['load']:.1f}")
     print(f"Kendall τ {found['kendall_tau']:.2f}, mean within models {found['kendall_tau_within_models']:.2f}")
     print(f"error: mean {found['mape_pct']:.0f}%, median {found['median_error_pct']:.0f}%")
+    print(f"of CPU time: Kendall τ {found['kendall_tau_of_cpu_time']:.2f}, mean error {found['cpu_mape_pct']:.0f}%")
     for model, ratio in found["planner_over_fastest"].items():
         print(f"the planner's choice over the fastest, {model}: {ratio:.2f}")
 
@@ -141,13 +151,17 @@ def main() -> int:
     parser.add_argument("--no-fit", action="store_true", help="with --published: fit nothing, judge every row")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --published: which rows are fitted (0)")
     parser.add_argument("--all", action="store_true", help="with --published: a line for every row")
+    parser.add_argument("--plot", metavar="FILE.png", help="with --published: predicted over measured times of the judged rows")
     parser.add_argument("--pairs", type=int, default=42, metavar="N", help="with --local: pairs of (model, plan) (42)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="with --local: gloo processes (2)")
     parser.add_argument("--json", action="store_true", help="a last line of JSON")
     args = parser.parse_args()
     try:
         if args.published:
-            found = show_published(run_published(args.published, not args.no_fit, args.seed), args.all)
+            rows = run_published(args.published, not args.no_fit, args.seed)
+            found = show_published(rows, args.all)
+            if args.plot:
+                plot(rows, args.plot)
         else:
             found = validation_local.run(args.local, args.pairs, args.ranks, lambda text: print(text, file=sys.stderr, flush=True))
             show_local(found)

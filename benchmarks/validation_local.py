@@ -201,6 +201,7 @@ def run(profile: str, count: int, ranks: int, say: Callable[[str], None]) -> dic
         "load": os.getloadavg()[0],
         "kendall_tau_within_models": statistics.fmean(within) if within else None,
         "mape_pct": 100 * statistics.fmean(errors) if errors else None,
+        "cpu_mape_pct": 100 * statistics.fmean(abs(r["predicted_ms"] / r["cpu_ms"] - 1) for r in rows) if rows else None,
         "median_error_pct": 100 * statistics.median(errors) if errors else None,
         "planner_over_fastest": chosen,
     }

@@ -126,8 +126,10 @@ def test_rank_correlation() -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "validation.py"), "--published", str(DATA), "--no-fit", "--json"]
+    command += ["--plot", str(tmp_path / "x.png")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     last = json.loads(done.stdout.splitlines()[-1])
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "x.png").stat().st_size > 1000
     assert last["rows"] == 28 + 2 * 16 * 2 and set(last) >= {"rows", "mape_pct", "rank_correlation"}
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="header"):
