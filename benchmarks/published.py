@@ -12,11 +12,11 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -69,6 +69,7 @@ class Run:
     compiled: bool = False
     async_tp: bool = False
     seconds: float = 0.0  # measured, of a step
+    peak_gib: float = 0.0  # measured; 0 where the table does not tell
     group: str = ""
 
     @property
@@ -107,6 +108,7 @@ FREE: dict[str, tuple[str, ...]] = {  # what is fitted
 }
 LEAST_ROWS = 4  # fewer are not fitted
 
+C = TypeVar("C")
 GRID = tuple(10.0 ** (e / 2) for e in range(6, 36))
 
 
@@ -227,6 +229,40 @@ def predict(run: Run, c: Constants, tables: Sequence[tuple[int, Curve]] = ()) ->
     return busy + sharded + reduced + passed(device, parameters * ADAM_BYTES) + c.step_s
 
 
+# --- memory ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run keeps beyond its parameters, gradients and Adam's state (16 bytes per parameter, in float32)."""
+
+    selective: float = 8.0  # tensors of [tokens, hidden] in bfloat16 per layer, with some ops recomputed; twice that with none
+    full: float = 2.0  # with all recomputed
+    logits: float = 8.0  # bytes per logit, loss included
+    base_gib: float = 5.0  # the driver, communication buffers, fragmentation
+    eager: float = 1.2  # times the activations where nothing is compiled
+
+
+KEPT = Kept(selective=8.92, full=2.56, logits=9.13, base_gib=4.69, eager=1.1)  # half of torchtitan's rows, mean error there 8.8%
+KEPT_FREE = ("selective", "full", "logits", "base_gib", "eager")
+
+
+def predict_gib(run: Run, k: Kept) -> float:
+    """Peak of the fullest device under FSDP, GiB."""
+    ends = run.vocab * run.hidden  # the embedding; the head is as large
+    parameters = run.layers / run.pp * run.layer_parameters + (2 if run.pp == 1 else 1) * ends
+    whole = parameters / (run.tp * run.dp * run.cp) * 16
+    # two layers are gathered at a time; a pipeline's stage stays gathered between its micro-batches
+    gathered = 2 * run.layers / run.pp * run.layer_parameters if run.pp > 1 else 2 * (2 * run.layer_parameters + 2 * ends)
+    tokens = run.micro * run.seq / run.cp
+    one = tokens * run.hidden * 2 / run.tp
+    waiting = min(run.pp, run.micro_batches)  # micro-batches whose activations the first stage holds
+    kept = {"full": k.full, "selective": k.selective, "none": 2 * k.selective}[run.recompute]
+    alive = one * run.layers / run.pp * waiting * kept + (2 * one * k.selective if run.recompute == "full" else 0.0)
+    logits = tokens * run.vocab / run.tp * k.logits
+    return (whole + gathered / run.tp + alive * (1.0 if run.compiled else k.eager) + logits) / 2**30 + k.base_gib
+
+
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 LLAMAS = {
@@ -309,6 +345,7 @@ def _torchtitan(row: dict[str, str]) -> Run:
         compiled=row["torch_compile"] == "1",
         async_tp=row["async_tp"] == "1",
         seconds=local * dp * seq / (rate * gpus),
+        peak_gib=float(row["peak_mem_GiB"] or 0),
         group="torchtitan",
     )
 
@@ -343,11 +380,17 @@ def table_seconds(rows: Sequence[tuple[int, float, float]], tables: Sequence[tup
 
 
 def fitted(runs: Sequence[Run], start: Constants, names: Sequence[str], tables: Sequence[tuple[int, Curve]]) -> Constants:
-    """Constants with which the mean relative error over `runs` is least: one constant after the other, in ever smaller steps."""
+    """Constants with which the mean relative error of the seconds is least."""
+    return least_error(lambda c: float(np.mean([abs(math.log(predict(r, c, tables) / r.seconds)) for r in runs])), start, names)
 
-    def loss(c: Constants) -> float:
-        return float(np.mean([abs(math.log(predict(r, c, tables) / r.seconds)) for r in runs]))
 
+def fitted_memory(runs: Sequence[Run], start: Kept = KEPT) -> Kept:
+    """Constants with which the mean relative error of the peaks is least."""
+    return least_error(lambda k: float(np.mean([abs(math.log(predict_gib(r, k) / r.peak_gib)) for r in runs])), start, KEPT_FREE)
+
+
+def least_error(loss: Callable[[Any], float], start: C, names: Sequence[str]) -> C:
+    """The dataclass with the least loss that is found: one field after the other, in ever smaller steps."""
     best, least = start, loss(start)
     step = 1.6
     while step > 1.01:
@@ -357,7 +400,7 @@ def fitted(runs: Sequence[Run], start: Constants, names: Sequence[str], tables: 
                 value = getattr(best, name) * factor
                 if value > MOST.get(name, math.inf):
                     continue
-                tried = replace(best, **{name: value})
+                tried = replace(best, **{name: value})  # type: ignore[type-var]
                 if (found := loss(tried)) < least:
                     best, least, better = tried, found, True
         step = step if better else math.sqrt(step)

@@ -32,6 +32,8 @@ import validation_local
 
 from netmind_autopar.ir.errors import AutoparError
 
+MEMORY = "torchtitan, peak memory"
+
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's: the correlation of the ranks, ties at their mean rank."""
@@ -62,11 +64,25 @@ def run_rows(path: Path, tables: Sequence[Any], fit: bool, seed: int) -> list[di
             constants = published.fitted(fitted, constants, published.FREE[group], tables)
         else:
             fitted, judged = [], mine
-        for run in (*fitted, *judged):
-            predicted = published.predict(run, constants, tables)
-            times = {"predicted_s": predicted, "measured_s": run.seconds}
-            rows.append({"group": group, "run": run.name, **times, "error": predicted / run.seconds - 1, "fitted": run in fitted})
-    return rows
+        rows += [row(group, run.name, published.predict(run, constants, tables), run.seconds, run in fitted) for run in (*fitted, *judged)]
+    return rows + memory_rows([r for r in runs if r.peak_gib], fit, seed)
+
+
+def memory_rows(runs: Sequence[Any], fit: bool, seed: int) -> list[dict[str, Any]]:
+    """One row per run whose peak was measured, in GiB."""
+    fitted, judged = halves(runs, seed)
+    kept = published.KEPT
+    if fit and len(fitted) >= published.LEAST_ROWS:
+        kept = published.fitted_memory(fitted)
+    else:
+        fitted, judged = [], list(runs)
+    return [row(MEMORY, r.name, published.predict_gib(r, kept), r.peak_gib, r in fitted) for r in (*fitted, *judged)]
+
+
+def row(group: str, run: str, predicted: float, measured: float, fitted: bool) -> dict[str, Any]:
+    """Seconds, or GiB in the group MEMORY."""
+    error = predicted / measured - 1
+    return {"group": group, "run": run, "predicted": predicted, "measured": measured, "error": error, "fitted": fitted}
 
 
 def table_rows(paths: Sequence[Path], fit: bool, seed: int) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -77,10 +93,7 @@ def table_rows(paths: Sequence[Path], fit: bool, seed: int) -> tuple[list[dict[s
     rows = []
     for seen, some in ((True, fitted), (False, judged)):
         for (n, size, seconds), predicted in zip(some, published.table_seconds(some, curves), strict=True):
-            times = {"predicted_s": predicted, "measured_s": seconds}
-            rows.append(
-                {"group": "all-reduce tables", "run": f"{n} GPUs, {size:.0f} B", **times, "error": predicted / seconds - 1, "fitted": seen}
-            )
+            rows.append(row("all-reduce tables", f"{n} GPUs, {size:.0f} B", predicted, seconds, seen))
     return rows, curves
 
 
@@ -104,7 +117,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mape_pct": round(100 * float(np.mean(errors)), 2),
         "median_pct": round(100 * float(np.median(errors)), 2),
         "worst_pct": round(100 * max(errors), 2),
-        "rank_correlation": round(rank_correlation([r["predicted_s"] for r in judged], [r["measured_s"] for r in judged]), 4),
+        "rank_correlation": round(rank_correlation([r["predicted"] for r in judged], [r["measured"] for r in judged]), 4),
     }
 
 
@@ -118,14 +131,14 @@ def show_published(rows: Sequence[dict[str, Any]], show_all: bool) -> dict[str, 
     for group, s in found.items():
         numbers = f"{s['mape_pct']:>6.1f}% {s['median_pct']:>6.1f}% {s['worst_pct']:>6.1f}% {s['rank_correlation']:>7.3f}"
         print(f"{group:<24} {s['rows']:>5} {s['fitted']:>6} {numbers}")
-    return {**summary(rows), "groups": found}
+    return {**summary([r for r in rows if r["group"] != MEMORY]), "groups": found}
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     """The judged rows as a PNG; colours as the groups come: blue, red, green, violet."""
-    judged = [r for r in rows if not r["fitted"]]
+    judged = [r for r in rows if not r["fitted"] and r["group"] != MEMORY]
     groups = dict.fromkeys(r["group"] for r in judged)
-    pairs = [tuple([r[key] for r in judged if r["group"] == g] for key in ("measured_s", "predicted_s")) for g in groups]
+    pairs = [tuple([r[key] for r in judged if r["group"] == g] for key in ("measured", "predicted")) for g in groups]
     scatter.write_png(scatter.scatter(pairs), path)  # type: ignore[arg-type]
 
 
