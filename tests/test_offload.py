@@ -196,7 +196,7 @@ def all_away(program: Program, rules: dict, tier: str = "") -> tuple[str, ...]:
 @pytest.mark.parametrize("seed", range(2))
 def test_the_four_stand_in_order(mesh: str, seed: int) -> None:
     _, _, program, rules = captured(layers=4)
-    plan = random_plan(program, rules, mesh, seed).model_copy(update={"offload": all_away(program, rules)})
+    plan = random_plan(program, rules, mesh, seed).model_copy(update={"offload": all_away(program, rules), "overlap": False})
     lowered = lower(program, rules, plan)
     forward, backward = split_phases(lowered)
     position = {n: i for i, n in enumerate([*forward, *backward])}
