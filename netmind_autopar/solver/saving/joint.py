@@ -19,12 +19,13 @@ from ..search import quick
 from .cut import Cut
 from .mix import Fit, fit, least
 from .place import Places, parkable_bytes, places
-from .polish import polish
+from .polish import polish, squeezed
 from .price import priced, shares
 from .tape import Names, Run, Saved, Tape
 
 SHARES = (0.6, 0.3, 0.8)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
 FEW = 128  # shardings that are all looked at
+SQUEEZE = 1_500  # ops of tapes that are run for a sharding under which nothing fits
 BEST, POLISH = 16, 300_000  # plans that are polished, and ops of tapes that are run for it
 FIRST = (0.02, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per peak, times this
 HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
@@ -66,9 +67,21 @@ class _Search:
                 self.best = found.run.seconds, choice, found
         return self.tried[choice]
 
+    def squeeze(self, choice: Choice) -> None:
+        """A way found by small changes alone, where one fits."""
+        cut, _ = self.tried[choice]
+        tries = max(SQUEEZE // max(len(cut.tape.ops), 1), 4)
+        tape = cut.tape.within(self.limit) if self.problem.host_bytes_s > 0 else cut.tape
+        saved, run = squeezed(tape, self.limit, tries)
+        if run.peak <= self.limit:
+            found = Fit(saved, run, {}, None, tape)
+            self.tried[choice] = cut, found
+            if self.best is None or run.seconds < self.best[0]:
+                self.best = run.seconds, choice, found
+
     def step(self, cut: Cut, prices: Mapping[int, float], found: Fit | None) -> Choice | None:
         """The sharding that is cheapest at these prices."""
-        host = found.answer.host if found else (0.0, 0.0)
+        host = found.answer.host if found and found.answer else (0.0, 0.0)
         most = self.best[0] if self.best else 0.0
         relaxed, constant = priced(cut, prices, shares(cut, found.answer if found else None), self.limit, host, most)
         near = self.best[1] if self.best else None
@@ -110,8 +123,8 @@ def _try_all(search: _Search) -> None:
     kept = reduce(search.problem, search.allowed)
     if math.prod(map(len, kept)) <= FEW:
         for choice in itertools.product(*kept):
-            if math.isfinite(seconds(search.problem, choice)):
-                search.offer(choice)
+            if math.isfinite(seconds(search.problem, choice)) and search.offer(choice)[1] is None:
+                search.squeeze(choice)
 
 
 def _polish(search: _Search) -> None:

@@ -34,7 +34,7 @@ class Fit:
     saved: Saved
     run: Run
     prices: Mapping[int, float]
-    answer: Answer
+    answer: Answer | None
     tape: Tape
 
 

@@ -9,6 +9,7 @@ on every machine.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from .tape import NONE, Run, Saved, Tape
 Unit = tuple[str, int | str, int]  # "recompute" and a node, or "regather" and a value's name; the position of the instance
 CHECKED = 8  # changes per round that are run before a round is given up
 FEW = 40  # units of which all changes are tried
+ALL = 300  # and so many of them at most
 BORDER = 40  # runs that must be left for the integer program of border.py to be worth its time
 FASTER = 1e-9  # relative seconds that count
 
@@ -50,7 +52,7 @@ def _switched(tape: Tape, saved: Saved, run: Run, limit: int, tries: int) -> tup
         found = moves(tape, saved, run, limit, candidates(every, saved)[: max(tries // 2, 1)])
         changes = [tuple(found.units[i] for i in change) for change in ranked(found)[:CHECKED]]
         if len(every) <= FEW:
-            changes += _changes(every, saved)
+            changes += itertools.islice(_changes(every, saved), ALL)
         tries -= len(found.units)
         better = None
         for change in changes[: max(tries, 0)]:
@@ -67,12 +69,32 @@ def _switched(tape: Tape, saved: Saved, run: Run, limit: int, tries: int) -> tup
 
 
 def _changes(every: list[Unit], saved: Saved) -> Iterator[tuple[Unit, ...]]:
-    """First to give one up, then to exchange one for another, then two for one."""
+    """First to give one up, then to exchange one for another, then two for one and one for two."""
     on = [unit for unit in every if is_on(saved, unit)]
     off = [unit for unit in reversed(every) if not is_on(saved, unit)]
     yield from ((unit,) for unit in on)
     yield from ((a, b) for a in on for b in off)
-    yield from ((a, b, c) for a in on for i, b in enumerate(off) for c in off[i + 1 :])
+    yield from ((a, b, c) for a, b in itertools.combinations(on, 2) for c in off)
+    yield from ((a, b, c) for a in on for b, c in itertools.combinations(off, 2))
+
+
+def squeezed(tape: Tape, limit: int, tries: int) -> tuple[Saved, Run]:
+    """From all that can be made again: changes of one unit or two that bring the peak down, until it is within the limit or none does."""
+    every, improved = units(tape), True
+    saved = toggled(Saved(), tuple(every))
+    run = tape.run(saved)
+    while improved and run.peak > limit:
+        improved = False
+        for change in itertools.chain(((unit,) for unit in every), itertools.combinations(every, 2)):
+            tries -= 1
+            if tries < 0:
+                return saved, run
+            other = toggled(saved, change)
+            after = tape.run(other)
+            if after.peak < run.peak:
+                saved, run, improved = other, after, True
+                break
+    return saved, run
 
 
 def candidates(every: list[Unit], saved: Saved) -> list[Unit]:
