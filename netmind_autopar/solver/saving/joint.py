@@ -28,6 +28,7 @@ FEW = 128  # shardings that are all looked at
 SQUEEZE = 1_500  # ops of tapes that are run for a sharding under which nothing fits
 BEST, POLISH = 16, 300_000  # plans that are polished, and ops of tapes that are run for it
 FIRST = (0.02, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per peak, times this
+DEAR = 0.1  # above the bound: a plan that only waits for what lies elsewhere, for longer than this, counts as none that fits
 HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
 
 
@@ -84,7 +85,7 @@ class _Search:
         host = found.answer.host if found and found.answer else (0.0, 0.0)
         most = self.best[0] if self.best else 0.0
         relaxed, constant = priced(cut, prices, shares(cut, found.answer if found else None), self.limit, host, most)
-        near = self.best[1] if self.best else None
+        near = self.best[1] if self.best and found else None
         answer = quick(relaxed, self.allowed, self.deadline, shift=constant, near=near)
         if self.best is not None or not any(host):  # else nothing is known about how much transfers hide
             self.bound = max(self.bound, answer.bound + constant)
@@ -101,9 +102,8 @@ def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | 
     bound: seconds that no plan beats, proven without the limit. time_limit: wall-clock seconds.
     """
     search = _Search(problem, allowed, limit, bound, gap, time.monotonic() + time_limit)
-    cut, found = search.offer(first)
-    if found is None:
-        _fall(search, cut)
+    if not _holds(search, first):
+        _fall(search, search.offer(first)[0])
     _try_all(search)
     for share in SHARES:
         if search.best is None or search.closed():
@@ -147,7 +147,7 @@ def _fall(search: _Search, cut: Cut) -> None:
         choice = search.step(cut, {moment: unit * factor}, None)
         if choice is None:
             return
-        if search.offer(choice)[1] is not None:
+        if _holds(search, choice):
             high = factor
             break
         low = factor
@@ -156,10 +156,16 @@ def _fall(search: _Search, cut: Cut) -> None:
     for _ in range(HALVES if high else 0):
         middle = math.sqrt(max(low, high * LEAST) * high)
         choice = search.step(cut, {moment: unit * middle}, None)
-        if choice is not None and search.offer(choice)[1] is not None:
+        if choice is not None and _holds(search, choice):
             high = middle
         else:
             low = middle
+
+
+def _holds(search: _Search, choice: Choice) -> bool:
+    """Something fits under this sharding, and not only because nearly everything waits elsewhere."""
+    found = search.offer(choice)[1]
+    return found is not None and (search.problem.host_bytes_s <= 0 or found.run.seconds <= search.bound * (1 + DEAR))
 
 
 def _result(search: _Search) -> Joint:
