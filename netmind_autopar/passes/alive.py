@@ -117,6 +117,9 @@ def _count(work: Alive, program: Program, context: Lowering, node: fx.Node, k: i
         base = owner_of(work, args[0]) if args and node.target is not release else None
         outputs = len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else 1
         work.owner.update({(node, i): base for i in range(outputs)})
+        if node.target is torch.ops.aten.reshape.default:  # it may have to copy: counted where it is moved, as the planner counts none
+            size = sum(local_bytes(s, context.sizes) for s in (program.specs[node.name],) if isinstance(s, Spec))
+            work.room[node] = Room(size, 0, size, False)
         if node.target is release:
             away = owner_of(work, args[0])
             work.last.update({away: max(work.last[away], k)} if away else {})
@@ -177,8 +180,8 @@ def _tried(step: Stage, before: Spec, lies: tuple[int, ...] | None, need: int, s
     carried = packed.new_empty(packed.shape if step.wire == "all_reduce" else (count[step.wire],))
     left = step.unpack(carried).untyped_storage().nbytes()
     reads = step.wire != "all_reduce"  # which reduces in a copy
-    flying = carried.untyped_storage().nbytes() + packed.untyped_storage().nbytes() * (own and reads)
-    return Room(max(need, flying, left), flying, left, reads and not own)
+    fills, packs = carried.untyped_storage().nbytes(), packed.untyped_storage().nbytes() * own
+    return Room(max(need, fills + packs, left), fills + packs * reads, left, reads and not own)
 
 
 def _need(context: Lowering, kind: str, axis: int, before: Spec, after: Spec) -> int:

@@ -218,11 +218,11 @@ def _rewrite(new: Draft, work: Alive, flights: Mapping[fx.Node, Flight]) -> None
     ends: dict[int, list[_Begin]] = {}
     for node, flight in flights.items():
         at, head = work.slot[node], along[node]
-        if busy[flight.go] < busy[flight.come]:  # else nothing runs meanwhile
-            started = _split(new, node)
-            starts.setdefault(flight.go, []).append(_Begin(started, at, head, flight.come, flight.go == at))
-            head = []
-        ends.setdefault(flight.come, []).append(_Begin(node, at, head, flight.come, True))
+        if busy[flight.go] == busy[flight.come]:  # nothing runs meanwhile
+            ends.setdefault(min(at, flight.come), []).append(_Begin(node, at, head, flight.come, True))
+            continue
+        starts.setdefault(flight.go, []).append(_Begin(_split(new, node), at, head, flight.come, flight.go == at))
+        ends.setdefault(flight.come, []).append(_Begin(node, at, (), flight.come, True))
     last, stays = next(n for n in new.graph.nodes if n.op == "output"), set(fixed) - gone
     for slot in range(len(work.order) + 1):
         for item in _in_order(starts.get(slot, []), ends.get(slot, [])):
