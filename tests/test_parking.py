@@ -22,7 +22,7 @@ from netmind_autopar.solver import build as build_module
 from netmind_autopar.solver.problem import Problem, evaluate, items, parked_bytes, parking_s, profile, resident_bytes, step_bytes
 from netmind_autopar.solver.saving import place
 from netmind_autopar.solver.saving.cut import Cut
-from netmind_autopar.solver.saving.decide import Task, state_entries
+from netmind_autopar.solver.saving.decide import Task, entries, state_entries
 from netmind_autopar.solver.saving.mix import fit, least
 from netmind_autopar.solver.saving.place import on_disk, parkable_bytes, pieces, places
 from netmind_autopar.solver.saving.price import priced, shares
@@ -200,6 +200,19 @@ def test_what_host_memory_has_no_room_for_goes_to_disk() -> None:
     moved = limited.placed({}, away).run(Saved(offload=names))
     assert (moved.memory == sent.memory).all() and moved.seconds > sent.seconds, "the same memory, and the disk is slower"
     assert on_disk(tape, names, 0) == ({}, None)
+
+
+def test_values_on_disk_are_named_and_exact() -> None:
+    """Of what waits for backward the first layer on disk, the others in host memory: the same memory, and the same numbers."""
+    problem, choice, tape, _ = cheapest()
+    name = "transformer.h.*.mlp.c_fc.addmm"
+    saved, disk = Saved(offload={name: frozenset({0, 1, 2})}), {name: frozenset({0})}
+    assert entries(problem, saved, disk)[2] == (f"{name}[1:]", f"disk:{name}[:1]")
+    work, away = task(), entries(problem, saved, disk)[2]
+    assert evaluate(work.build((), (), away).problem, choice) == evaluate(work.build((), (), (name,)).problem, choice)
+    plan = planned(int(1.01 * tape.run().peak)).model_copy(update={"offload": away})
+    report = compare(*model(), work.program, lower(work.program, work.rules, plan), plan)
+    assert report.ok, f"{report.max_rel_error:.2g} {report.first_difference}"
 
 
 def test_a_plan_may_use_the_disk() -> None:
