@@ -231,7 +231,7 @@ def test_buckets_start_where_they_are_full() -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_real_processes_give_the_same_with_and_without(world: int, tmp_path: Path) -> None:
     """Odd plans on gloo: gradients are bitwise those of the same plan without overlap."""
     mesh = (2,) if world == 2 else (2, 2)
