@@ -45,11 +45,7 @@ def run(
 
 
 def _turn(
-    program: Program,
-    sizes: tuple[int, ...],
-    inputs: Mapping[str, Sequence[Tensor]],
-    observe: Observer | None,
-    turn: tuple[int, int],
+    program: Program, sizes: tuple[int, ...], inputs: Mapping[str, Sequence[Tensor]], observe: Observer | None, turn: tuple[int, int]
 ) -> list[list[Tensor]]:
     """One micro-batch."""
     coords = tuple(coordinates(sizes))
