@@ -166,7 +166,9 @@ def folded() -> Iterator[Row]:
             try:
                 mesh = make_mesh("dp=8,tp=4", "h100-sxm")
                 found = solve_problem(work.build().problem, gap=1e-6) if limit is None else None
-                steps[fold] = found.seconds if found else plan_program(work.program, mesh, lambda _: None, memory=limit, micro_batches=1).cost.step_s
+                steps[fold] = (
+                    found.seconds if found else plan_program(work.program, mesh, lambda _: None, memory=limit, micro_batches=1).cost.step_s
+                )
             finally:
                 module.classes = decide.classes = usual
         off = steps[True] / steps[False] - 1
