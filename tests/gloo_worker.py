@@ -24,6 +24,8 @@ import models
 from test_exact import optimizers
 
 from netmind_autopar import AutoparError, autoparallelize
+from netmind_autopar.ir.spec import Replicate, Shard, plain
+from netmind_autopar.runtime.collectives import Collective, ProcessWire, stage
 from netmind_autopar.verification import relative_error
 
 
@@ -115,7 +117,32 @@ def overlap(case: dict) -> dict[str, float]:
     return {"differs": differs, "starts": ours.code().count(".start(") - theirs.code().count(".start(")}
 
 
+def flights(case: dict) -> dict[str, int]:
+    """Many small all-gathers on their way at once, and others between them: how many bring something wrong."""
+    rank, wrong = dist.get_rank(), 0
+    wire = ProcessWire([dist.group.WORLD.group_name], (2,), (rank,))  # type: ignore[union-attr]
+    wholes = [torch.arange(32.0 * n).reshape(2 * n, 16) + n for n in (1, 5, 2, 7, 3, 8, 4, 6, 2, 1) * 6]
+    bound = []
+    for whole in wholes:
+        before, after = (str(plain(whole.shape, whole.dtype, [p])) for p in (Shard(0), Replicate()))
+        step = stage("all_gather", 0, before, after, (2,), (rank,))
+        bound.append(Collective(wire, step, step.unpack))
+    for _ in range(case["flights"]):
+        flying: list[tuple[Any, torch.Tensor]] = []
+        for i, (gather, whole) in enumerate(zip(bound, wholes, strict=True)):
+            flying.append((gather.start(whole.chunk(2)[rank].clone()), whole))
+            if i % 3 == 0:
+                wrong += not torch.equal(gather(whole.chunk(2)[rank].clone()), whole)
+            if len(flying) > 12:
+                started, want = flying.pop(0)
+                wrong += not torch.equal(started.wait(), want)
+        wrong += sum(not torch.equal(started.wait(), want) for started, want in flying)
+    return {"wrong": wrong}
+
+
 def run(case: dict) -> dict[str, Any]:
+    if "flights" in case:
+        return flights(case)
     if "overlap" in case:
         return overlap(case)
     if "zoo" in case:

@@ -241,3 +241,9 @@ def test_real_processes_give_the_same_with_and_without(world: int, tmp_path: Pat
     for case, result in zip(work, results, strict=True):
         assert "error" not in result, result
         assert result["differs"] == 0 and result["starts"] > (3 if case["overlap"] == "mlp" else 30), json.dumps(result)
+
+
+def test_many_small_collectives_on_their_way(tmp_path: Path) -> None:
+    """gloo corrupts memory when several all-gathers of a group run at once: they must not, however many are started."""
+    (result,) = launch(2, [{"flights": 200}], tmp_path)
+    assert result == {"wrong": 0}

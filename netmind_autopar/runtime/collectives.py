@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,8 @@ class Collective:
 
     def start(self, x: Any) -> Started:
         """Pack and send; whatever `x` was may be let go of."""
-        sent = self.wire.send(self.step, self.step.pack(x))
-        return Started(lambda: self.unpack(self.wire.arrive(sent)))
+        sent = [self.wire.send(self.step, self.step.pack(x))]
+        return Started(lambda: self.unpack(self.wire.arrive(sent.pop())))  # what was read is let go of before it is unpacked
 
 
 @dataclass(frozen=True)
@@ -244,22 +245,26 @@ def sent_bytes(wire: str, packed: Tensor, n: int, send: tuple[int, ...] = (), ow
 class ProcessWire:
     """Carries packed tensors over `torch.distributed`, one process group per mesh axis. `sent` counts bytes by (wire, axis).
 
-    `torch.distributed` keeps what a collective reads alive until it is waited for, and on CUDA runs it on a stream of its own that
-    begins after what the current stream was given so far.
+    What a collective reads is kept alive until it is waited for. On CUDA it runs on a stream of its own that begins after what the
+    current stream was given so far. On a CPU one collective of a group travels at a time: several small all-gathers at once corrupt the
+    memory of gloo's threads (seen with PyTorch 2.13, tests/test_collectives.py).
     """
 
     def __init__(self, groups: Sequence[str], sizes: tuple[int, ...], coord: tuple[int, ...]) -> None:
         self.groups, self.sizes, self.coord = tuple(groups), sizes, coord
         self.sent: dict[tuple[str, int], int] = {}
+        self._travels: dict[int, weakref.ref[Tensor]] = {}  # by axis what the last collective fills
 
-    def send(self, step: Stage, packed: Tensor) -> tuple[Tensor, bool]:
-        """Start the collective of one stage. Returns the tensor that it fills, a new one or the packed one when that is fresh, and
-        whether it holds booleans; what it reads is kept alive until it is waited for."""
+    def send(self, step: Stage, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Start the collective of one stage. Returns the tensor that it fills, a new one or the packed one when that is fresh, and the
+        packed one, which it reads."""
         wire, n, group = step.wire, self.sizes[step.axis], self.groups[step.axis]
         key = (str(wire), step.axis)
         self.sent[key] = self.sent.get(key, 0) + sent_bytes(str(wire), packed, n, step.send, self.coord[step.axis])
         x = packed.view(torch.uint8) if packed.dtype == torch.bool else packed
         ops = torch.ops._c10d_functional
+        if x.device.type == "cpu":
+            self._settle(step.axis)
         if wire == "all_gather":
             y = ops.all_gather_into_tensor(x, n, group)
         elif wire == "reduce_scatter":
@@ -268,12 +273,20 @@ class ProcessWire:
             y = ops.all_to_all_single(x, list(step.receive), list(step.send), group)
         else:
             y = (ops.all_reduce_ if step.fresh else ops.all_reduce)(x, step.op, group)
-        return y, packed.dtype == torch.bool
+        self._travels[step.axis] = weakref.ref(y)
+        return y, packed
 
-    def arrive(self, sent: tuple[Tensor, bool]) -> Tensor:
+    def _settle(self, axis: int) -> None:
+        """Wait for what still travels along an axis; whoever started it may wait again."""
+        last = self._travels.pop(axis, None)
+        y = None if last is None else last()
+        if y is not None:
+            torch.ops._c10d_functional.wait_tensor(y)
+
+    def arrive(self, sent: tuple[Tensor, Tensor]) -> Tensor:
         """Wait for what `send` started: the host on a CPU, the current stream on CUDA."""
         y = torch.ops._c10d_functional.wait_tensor(sent[0])
-        return y.view(torch.bool) if sent[1] else y
+        return y.view(torch.bool) if sent[1].dtype == torch.bool else y
 
 
 def lockstep(steps: Sequence[Stage], packed: Sequence[Tensor], sizes: tuple[int, ...]) -> list[Tensor]:
