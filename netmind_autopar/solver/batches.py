@@ -16,7 +16,7 @@ from .micro import Refusal, in_turns, micro_batches
 from .solve import NothingFits, advised, solve
 
 MOST = 64  # micro-batches that are tried, in powers of two
-WORTH = 0.05  # share of the step that saving memory costs, from which on micro-batches are tried
+WORTH = 0.1  # share of the step that saving memory costs, from which on micro-batches are tried
 GAIN = 0.97  # with micro-batches half as large the least peak must come down to this share, or smaller ones are not tried
 LEAST_S = 5.0  # seconds that a try gets at least
 
