@@ -147,12 +147,16 @@ def _backward(
     writer: _Writer,
     program: Program,
 ) -> str:
-    lines = [f"    def backward({', '.join(['saved', *(n.name for n in tangents)])}):"]
-    if kept:
-        lines += [f"        ({_tuple(kept)}) = saved", "        saved.clear()"]
+    lines = _opened(kept, ["saved", *(n.name for n in tangents)])
     lines += _body(body, grads, writer, program, [*kept, *tangents])
     lines.append(f"        return ({_tuple(grads)})")
     return "\n".join([*lines, ""])
+
+
+def _opened(kept: Sequence[fx.Node], parameters: Sequence[str]) -> list[str]:
+    """How `backward` begins: what forward saved is taken out, so that each name frees its tensor."""
+    lines = [f"    def backward({', '.join(parameters)}):"]
+    return lines + ([f"        ({_tuple(kept)}) = saved", "        saved.clear()"] if kept else [])
 
 
 def unfinished(program: Program, grads: Sequence[fx.Node]) -> list[fx.Node]:
@@ -177,9 +181,7 @@ def _in_turns(
     """`backward` and `finish` of a program in micro-batches."""
     given = unfinished(program, grads)
     sends = {node: f"        total({i}, {node.name})" for i, node in enumerate(given)}
-    lines = [f"    def backward({', '.join(['saved', 'total', *(n.name for n in tangents)])}):"]
-    if kept:
-        lines += [f"        ({_tuple(kept)}) = saved", "        saved.clear()"]
+    lines = _opened(kept, ["saved", "total", *(n.name for n in tangents)])
     lines += [sends[n] for n in (*kept, *tangents) if n in sends]
     lines += _body(body, [], writer, program, [*kept, *tangents], sends)
     done = [f"    def finish({', '.join(n.name for n in given)}):"]
