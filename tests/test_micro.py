@@ -258,3 +258,28 @@ def test_real_processes(tmp_path: Path) -> None:
         limit = {"float64": 1e-9, "float32": 1e-4}[case["dtype"]]
         assert all(result[key] <= limit for key in ("loss", "gradient", "buffer")), (case, result)
         assert result["bytes"] <= 1e-6, (case, result)
+
+
+class Apart(Decayed):
+    """With a parameter that no sample reaches: every micro-batch makes all of its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((5,), 2.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss, z = super().forward(x, y)
+        return loss + self.scale.square().sum(), z
+
+
+def test_a_gradient_that_every_micro_batch_makes_counts_once(mesh: object) -> None:
+    torch.manual_seed(0)
+    model, inputs = Apart().double(), decayed()[1]
+    program = capture(model, inputs)
+    made = plan_program(program, make_mesh("dp=1", "cpu"), lambda _: None, micro_batches=4)
+    assert "same" in lower(program, bind_program(program), made).micro.joins  # type: ignore[union-attr]
+    pm = ParallelModule(compile_plan(program, made, training=True), model, made, mesh)  # type: ignore[arg-type]
+    pm(**inputs)[0].backward()
+    model(**inputs)[0].backward()
+    for name, p in pm.named_parameters():
+        torch.testing.assert_close(p.grad.full_tensor(), model.get_parameter(name).grad)

@@ -53,9 +53,11 @@ class _Sums:
     def __init__(self) -> None:
         self.found: dict[int, Tensor] = {}
 
-    def add(self, i: int, gradient: Tensor) -> None:
+    def add(self, i: int, gradient: Tensor, once: bool = False) -> None:
+        """once: every micro-batch makes the whole gradient, which counts once."""
         if i in self.found:
-            self.found[i] += gradient
+            if not once:
+                self.found[i] += gradient
         else:
             self.found[i] = gradient.clone(memory_format=torch.contiguous_format)
 
