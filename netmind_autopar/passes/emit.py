@@ -181,9 +181,7 @@ def _in_turns(
     """`backward` and `finish` of a program in micro-batches."""
     given = unfinished(program, grads)
     assert program.micro is not None
-    once = {
-        n for n, join in zip(_results(program), program.micro.joins, strict=True) if join == "same"
-    }  # each turn makes all of it
+    once = {n for n, join in zip(_results(program), program.micro.joins, strict=True) if join == "same"}  # each turn makes all of it
     sends = {node: f"        total({i}, {node.name}{', once=True' if node in once else ''})" for i, node in enumerate(given)}
     lines = _opened(kept, ["saved", "total", *(n.name for n in tangents)])
     lines += [sends[n] for n in (*kept, *tangents) if n in sends]
