@@ -103,7 +103,9 @@ def proof(model: Any, inputs: Any, program: Any, rules: Any, mesh: str, kind: st
             }
             plan = solve(program, rules, make_mesh(mesh, "h100-sxm"), graph_hash=graph_hash(program), **options)
         lowered = lower(program, rules, plan)
-        report = compare(model, inputs, program, lowered, plan, steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9))
+        report = compare(
+            model, inputs, program, lowered, plan, steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), emitted=True
+        )
     except Exception as error:
         return {"ok": False, "errors": {}, "difference": f"{type(error).__name__}: {error}"[:500], "cpu_s": time.process_time() - start}
     errors: dict[str, float] = {}

@@ -75,15 +75,23 @@ class Subject:
     def judge(self, case: Case) -> Verdict:
         """Two training steps of all ranks against the original. Whatever is raised on the way counts as wrong."""
         try:
-            return self.judge_plan(self.plan(case))
+            return self.judge_plan(self.plan(case), emitted=case.seed % 4 == 0)
         except Exception as e:
             return Verdict(float("inf"), f"{type(e).__name__}: {e}")
 
-    def judge_plan(self, plan: Plan) -> Verdict:
+    def judge_plan(self, plan: Plan, *, emitted: bool = False) -> Verdict:
         """`judge` for one plan; raises what capture and lowering raise."""
         lowered = lower(self.program, self.rules, plan)
         report = compare(
-            self.model, self.inputs, self.program, lowered, plan, steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), perturb=0.0
+            self.model,
+            self.inputs,
+            self.program,
+            lowered,
+            plan,
+            steps=2,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
+            perturb=0.0,
+            emitted=emitted,
         )
         error = max((r.error for r in report.rows if r.tolerance <= 1e-9), default=0.0)
         if report.ok:

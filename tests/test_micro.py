@@ -23,11 +23,14 @@ from netmind_autopar.api import compile_plan, plan_program
 from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.ir.errors import InfeasibleError, InputError
 from netmind_autopar.ir.program import Program
+from netmind_autopar.passes.emit import emit
 from netmind_autopar.passes.pipeline import lower
 from netmind_autopar.rules.bind import bind_program
+from netmind_autopar.runtime import turns
 from netmind_autopar.runtime.module import ParallelModule
 from netmind_autopar.solver.micro import Refusal, micro_batches
 from netmind_autopar.tracer.capture import capture
+from netmind_autopar.verification import check
 from netmind_autopar.verification.check import compare
 
 
@@ -283,3 +286,29 @@ def test_a_gradient_that_every_micro_batch_makes_counts_once(mesh: object) -> No
     model(**inputs)[0].backward()
     for name, p in pm.named_parameters():
         torch.testing.assert_close(p.grad.full_tensor(), model.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("bug", ["a gradient counted once per micro-batch", "gradients in another order", "the last micro-batch alone"])
+def test_lockstep_runs_the_emitted_totals(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    """What adds up and joins stands in the emitted file and beside it, not in the graph; `verify` must see it."""
+    torch.manual_seed(0)
+    model, inputs = Apart().double(), decayed()[1]
+    program = capture(model, inputs)
+    rules = bind_program(program)
+    whole = micro_batches(program, rules, 4)
+    assert not isinstance(whole, Refusal)
+    odd = random_plan(*whole, "a=2", 1).model_copy(update={"micro_batches": 4})
+    lowered = lower(program, rules, odd)
+    assert compare(model, inputs, program, lowered, odd).ok
+    text = emit(lowered, odd)
+    changed = text.replace(", once=True", "")
+    if bug.startswith("gradients"):
+        changed = text.replace("total(1,", "total(-1,").replace("total(2,", "total(1,").replace("total(-1,", "total(2,")
+    elif bug.startswith("the last"):
+        changed = text
+        monkeypatch.setattr(turns, "join", lambda how, pieces: pieces[-1])
+    assert changed != text or bug.startswith("the last")
+    monkeypatch.setattr(check, "emit", lambda *args, **options: changed)
+    report = compare(model, inputs, program, lowered, odd)
+    assert not report.ok and report.first_difference == check.IN_THE_FILE
+    assert all(row.kind.startswith("emitted") or row.kind == "run" for row in report.rows if not row.ok)

@@ -27,7 +27,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,10 +86,18 @@ class Started:
         return arrive()
 
 
+class Wire(Protocol):
+    """Carries packed tensors: `send` starts, `arrive` waits for what `send` returned and gives what came."""
+
+    def send(self, step: Stage, packed: Tensor) -> Any: ...
+
+    def arrive(self, sent: Any) -> Tensor: ...
+
+
 class Collective:
     """A move or bucket bound to one device: called, it runs at once; `start` lets other ops run meanwhile."""
 
-    def __init__(self, wire: ProcessWire, step: Stage, unpack: Callable[[Tensor], Any]) -> None:
+    def __init__(self, wire: Wire, step: Stage, unpack: Callable[[Tensor], Any]) -> None:
         self.wire, self.step, self.unpack = wire, step, unpack
 
     def __call__(self, x: Any) -> Any:
@@ -292,21 +300,25 @@ class ProcessWire:
 def lockstep(steps: Sequence[Stage], packed: Sequence[Tensor], sizes: tuple[int, ...]) -> list[Tensor]:
     """What `ProcessWire` would bring to every rank: all ranks' packed tensors in, all results out, in rank order."""
     out: list[Tensor] = list(packed)
-    axis, n, wire = steps[0].axis, sizes[steps[0].axis], steps[0].wire
-    for members in groups_along(axis, sizes):
-        xs = [packed[r] for r in members]
-        if wire == "all_gather":
-            results = [torch.cat(xs)] * n
-        elif wire == "all_to_all":
-            pieces = [x.split(list(steps[r].send)) for x, r in zip(xs, members, strict=True)]
-            results = [torch.cat([pieces[j][i] for j in range(n)]) for i in range(n)]
-        else:
-            reduce = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[steps[0].op]
-            total = functools.reduce(reduce, xs)
-            results = list(total.chunk(n)) if wire == "reduce_scatter" else [total] * n
-        for r, result in zip(members, results, strict=True):
-            out[r] = result.clone()
+    for members in groups_along(steps[0].axis, sizes):
+        for r, result in zip(members, exchanged([steps[r] for r in members], [packed[r] for r in members]), strict=True):
+            out[r] = result
     return out
+
+
+def exchanged(steps: Sequence[Stage], xs: Sequence[Tensor]) -> list[Tensor]:
+    """What one group's collective brings to each of its members, from what each has packed; in group order."""
+    n, wire = len(xs), steps[0].wire
+    if wire == "all_gather":
+        results = [torch.cat(list(xs))] * n
+    elif wire == "all_to_all":
+        pieces = [x.split(list(step.send)) for x, step in zip(xs, steps, strict=True)]
+        results = [torch.cat([pieces[j][i] for j in range(n)]) for i in range(n)]
+    else:
+        reduce = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[steps[0].op]
+        total = functools.reduce(reduce, xs)
+        results = list(total.chunk(n)) if wire == "reduce_scatter" else [total] * n
+    return [result.clone() for result in results]
 
 
 @functools.lru_cache(maxsize=256)

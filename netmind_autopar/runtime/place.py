@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ir.local import ONE, Local
 from ..ir.spec import local_shape, parse_spec
-from .collectives import LOCAL_KINDS, Collective, ProcessWire, bucket_stage, stage
+from .collectives import LOCAL_KINDS, Collective, Wire, bucket_stage, stage
 
 
 class Place:
@@ -23,7 +23,7 @@ class Place:
         sizes: tuple[int, ...],
         coord: tuple[int, ...],
         device: torch.device,
-        wire: ProcessWire,
+        wire: Wire,
         constants: Mapping[str, Tensor],
         turn: tuple[int, int] = ONE,
     ) -> None:

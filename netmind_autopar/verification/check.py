@@ -14,6 +14,8 @@ from ..arguments import check_model
 from ..ir.plan import Plan
 from ..ir.program import Program
 from ..ir.spec import Spec
+from ..passes.emit import emit
+from ..runtime import threads
 from ..tracer.capture import capture
 from .judge import magnitude, rank_errors, tolerance, worst
 from .locate import Difference, first_difference
@@ -23,6 +25,7 @@ from .sides import Optimizer, Sides, captured, promoted, ranks, weakest, widened
 
 KINDS = {"output": "output", "grad": "gradient", "mutation": "buffer"}
 NO_OPERATION = "no operation: the captured graph itself differs from the model"
+IN_THE_FILE = "no operation of the graph: the file that is emitted from it computes something else"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def verify(
     Tolerances: 1e-9 in float64, 1e-4 in float32, and within 1e-9 once more with all of the program in float64.
     perturb: relative size of the seeded noise on parameters, float buffers and inputs, so that ones, zeros and equal labels hide
     nothing (see `perturb.py`); 0 takes the values as they are. shrink: make a failing case as small as it gets (`Report.shrunk`).
+    The first step is run a second time as the emitted file, which is what processes run.
     A model that drops out is compared with its captured graph under the same random numbers. Raises PlanError when the plan was
     made for another model or mesh, InputError when the model has no values.
     """
@@ -67,7 +71,17 @@ def verify(
     program = capture(model, sample_inputs, outputs=outputs, differentiable=differentiable, mode=plan.mode)
     lowered = lower_plan(program, plan)
     return compare(
-        model, sample_inputs, program, lowered, plan, steps=steps, optimizer=optimizer, seed=seed, perturb=perturb, shrink=shrink
+        model,
+        sample_inputs,
+        program,
+        lowered,
+        plan,
+        steps=steps,
+        optimizer=optimizer,
+        seed=seed,
+        perturb=perturb,
+        shrink=shrink,
+        emitted=True,
     )
 
 
@@ -83,18 +97,21 @@ def compare(
     seed: int = 0,
     perturb: float = AMOUNT,
     shrink: bool = False,
+    emitted: bool | None = None,
 ) -> Report:
     """`verify` for a program that is captured and lowered already.
 
+    emitted: run the first step once more as the emitted file, a thread for each rank; None: of micro-batches only.
     What computes in less than float64 differs from itself by rounding as soon as a sum is split. The ranks are therefore compared
     twice: with the original within the tolerance of their least precise dtype, and once more with everything in float64,
     against the captured graph, within float64's.
     """
     run = _Run(model, sample_inputs, program, lowered, plan, optimizer, seed, perturb)
+    emitted = plan.micro_batches > 1 if emitted is None else emitted
     for step in range(steps):
-        failure = run.step(step)
+        failure = run.step(step, emitted=emitted and step == 0)
         if failure is not None or not run.ok:
-            report = Report(tuple(run.rows), str(failure.difference) if failure else NO_OPERATION, tuple(run.notes), failure)
+            report = Report(tuple(run.rows), str(failure.difference) if failure else run.outside, tuple(run.notes), failure)
             return report.shrink() if shrink and failure else report
     return Report(tuple(run.rows), "", tuple(run.notes))
 
@@ -113,6 +130,7 @@ class _Run:
     perturb: float
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    outside: str = NO_OPERATION  # where a difference lies that no operation of the graph makes
 
     def __post_init__(self) -> None:
         self.weak = weakest(self.program)
@@ -130,7 +148,7 @@ class _Run:
         sizes = self.plan.sizes
         return Sides(self.model, self.sample_inputs, self.program, self.lowered, sizes, self.optimizer, perturb=perturb, seed=self.seed)
 
-    def step(self, step: int) -> Failure | None:
+    def step(self, step: int, *, emitted: bool = False) -> Failure | None:
         """Compare one step and go on to the next; what is known of the first difference when there is one."""
         state, expected = self._expected(step)
         self.rows += [Row(step, "gradient", name, float("inf"), 0.0) for name in self.side.ungiven()]
@@ -145,11 +163,24 @@ class _Run:
         failure = self._exactly(state, step)
         if failure is None and narrow_failed:
             failure = self._failure(self.program, self.lowered, state)
+        if self.ok and emitted:
+            self._emitted(state, expected, step)
         if self.ok and found is not None:
             self.side.advance(expected, found)
             if self.optimizer:
                 self.rows += self._parameters(step, expected)
         return failure
+
+    def _emitted(self, state: dict[str, Tensor], expected: Sequence[Tensor], step: int) -> None:
+        """The step as the emitted file computes it, of a program that is right."""
+        source = emit(self.lowered, self.plan, inference=self.program.mode == "inference")
+        found = self._attempt(
+            lambda: threads.run(source, self.lowered, self.plan.axis_names, self.plan.sizes, self.side.dealt(state)), step
+        )
+        if found is not None:
+            self.rows += self._compared(step, expected, found, self.lowered, kind="emitted ")
+        if not self.ok:
+            self.outside = IN_THE_FILE
 
     def _expected(self, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """State and reference's results; where noise drove the model out of its range, the values are taken as they were given."""
@@ -201,7 +232,14 @@ class _Run:
         return None if difference is None else Failure(self.program, program, lowered, self.plan, state, difference)
 
     def _compared(
-        self, step: int, expected: Sequence[Tensor], found: Sequence[Sequence[Tensor]], lowered: Program, *, exact: bool = False
+        self,
+        step: int,
+        expected: Sequence[Tensor],
+        found: Sequence[Sequence[Tensor]],
+        lowered: Program,
+        *,
+        exact: bool = False,
+        kind: str = "",
     ) -> list[Row]:
         outputs = self.program.outputs
         largest = max((magnitude(w) for o, w in zip(outputs, expected, strict=True) if o.role == "grad"), default=0.0)
@@ -210,7 +248,7 @@ class _Run:
         for out, spec, want, have in zip(outputs, lowered.results, expected, found, strict=True):
             limit = tolerance(want.dtype)
             error = worst(_errors(want, have, spec, self.plan.sizes, largest if out.role == "grad" else 0.0))
-            rows.append(Row(step, KINDS[out.role], out.name, error, max(limit, weak if limit else 0.0)))
+            rows.append(Row(step, kind + KINDS[out.role], out.name, error, max(limit, weak if limit else 0.0)))
         return rows
 
     def _parameters(self, step: int, expected: Sequence[Tensor]) -> list[Row]:

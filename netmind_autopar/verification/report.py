@@ -22,7 +22,7 @@ class Row:
     """One comparison: `error` is max |a − b| over all ranks, relative to the largest magnitude of what it is judged against."""
 
     step: int
-    kind: str  # "output", "gradient", "buffer", "parameter" (after the optimizer) or "run" (it raised an error)
+    kind: str  # "output", "gradient", "buffer", "parameter" (after the optimizer) or "run" (it raised an error); "emitted output" …
     name: str
     error: float
     tolerance: float

@@ -180,9 +180,12 @@ class Sides:
 
     def lockstep(self, state: State, observe: simulate.Observer | None = None) -> list[list[Tensor]]:
         """The program's results as every rank computes them from its own parameters, local tensors in rank order."""
-        inputs = {name: self.locals.get(name) or self.split(name, value) for name, value in state.items()}
         with torch.no_grad():
-            return simulate.run(self.lowered, self.sizes, inputs, observe)
+            return simulate.run(self.lowered, self.sizes, self.dealt(state), observe)
+
+    def dealt(self, state: State) -> dict[str, list[Tensor]]:
+        """The local tensors of every placeholder, in rank order: parameters and buffers as the ranks have them by now."""
+        return {name: self.locals.get(name) or self.split(name, value) for name, value in state.items()}
 
     def advance(self, expected: Sequence[Tensor], found: Sequence[Sequence[Tensor]]) -> None:
         """New buffers and, with an optimizer, new parameters on both sides, each from its own results."""
