@@ -27,7 +27,8 @@ from .rules.bind import bind_program, learnt_rules, unlisted
 from .rules.call import call_of
 from .rules.learnt import share
 from .runtime.agree import all_alike, from_rank_zero, together
-from .runtime.module import Executable, ParallelModule
+from .runtime.executable import Executable, Variant
+from .runtime.module import ParallelModule
 from .solver.baselines import solve_baseline
 from .solver.batches import solve_batches
 from .solver.conversions import end_rules
@@ -160,9 +161,13 @@ def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
     flags.debug(4, source)
     flags.dump("lowered.txt", lambda: str(lowered.graph))
     flags.dump("emitted.py", lambda: source)
-    return Executable.of(
-        lowered, source, lambda: emit(lowered, plan, inference=True), training=training, parked=parked_parameters(program, plan)
-    )
+
+    def variant(kind: Variant) -> str:
+        if kind == "inference":
+            return emit(lowered, plan, inference=True)
+        return emit(lower(program, bind_program(program), plan, kind), plan, gradients=kind)
+
+    return Executable.of(lowered, source, variant, training=training, parked=parked_parameters(program, plan))
 
 
 def parked_parameters(program: Program, plan: Plan) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from netmind_autopar import autoparallelize
 from netmind_autopar.ir.errors import AutoparError
-from netmind_autopar.runtime.step import owned
+from netmind_autopar.runtime.dtensors import owned
 
 
 @pytest.fixture(autouse=True, scope="module")

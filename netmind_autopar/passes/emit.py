@@ -5,7 +5,7 @@ The file defines `build(place)`. It binds what differs from rank to rank (collec
 so that memory is freed when the plan says so. A collective that travels while other ops run is two lines: `a = gather_0.start(x)`
 and `y = a.wait()`.
 
-Of a program in micro-batches, `backward(saved, total, *tangents)` gives each gradient away as it is made, `total(i, gradient)`, and
+Of a program in micro-batches, or whose gradients wait, `backward(saved, total, *tangents)` gives each gradient away as it is made, `total(i, gradient)`, and
 `finish(*totals) -> gradients` does what comes after the last micro-batch.
 """
 
@@ -24,9 +24,11 @@ from ..ir.errors import GraphError
 from ..ir.local import Local
 from ..ir.plan import Plan
 from ..ir.program import Program, is_getitem, source, tensor_args
+from ..runtime.accumulate import meet
 from ..runtime.collectives import BUCKETS, MOVES, STARTS, wait
 from ..runtime.offload import MARKS
-from .defer import FINISH
+from .defer import FINISH, waits
+from .pipeline import Gradients
 
 HEADER = '''"""Emitted by netmind-autopar. Mesh {mesh}, plan {plan}, graph {graph}. One file for every rank."""
 
@@ -58,27 +60,31 @@ class _Writer:
         return self.constants[expression]
 
 
-def emit(program: Program, plan: Plan, *, inference: bool = False) -> str:
-    """Source text of one lowered program. With `inference`, forward alone, saving nothing."""
+def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gradients = "whole") -> str:
+    """Source text of one lowered program. With `inference`, forward alone, saving nothing. gradients: as it was lowered with."""
     writer = _Writer(plan.axis_names)
     forward, backward = split_phases(program)
     if inference:  # nothing waits for a backward
         forward = [n for n in forward if n.target not in MARKS]
-    kept = [] if inference else saved_nodes(program, forward, backward)
+    waiting = gradients == "waiting"
+    kept = [] if inference else saved_nodes(program, forward, backward, finished=waiting or program.micro is not None)
     results = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role != "grad"]
     grads = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad"]
     inputs = [program.node(i.node) for i in program.inputs if i.role != "tangent"]
     tangents = [program.node(i.node) for i in program.inputs if i.role == "tangent"]
     parts = [_function("forward", inputs, forward, results, kept, writer, program)]
-    if not inference and program.micro:
-        parts += _in_turns(kept, tangents, backward, grads, writer, program)
+    names = "forward" if inference else "forward, backward"
+    if not inference and (program.micro or waiting):
+        late = [n for n, o in zip(_results(program), program.outputs, strict=True) if waits(o)] if waiting else grads
+        now = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad" and not waits(o)] if waiting else []
+        parts += _in_turns(kept, tangents, backward, late, now, writer, program)
+        names += ", finish" + (f", {_waiting(program, late)}" if waiting else "")
     elif not inference:
-        parts.append(_backward(kept, tangents, backward, grads, writer, program))
+        parts.append(_backward(kept, tangents, backward, grads, writer, program, "meet" if gradients == "closing" else ""))
     tiers = "\nfrom netmind_autopar.runtime import offload as tiers" if any(n.target in MARKS for n in forward) else ""
     mesh = ",".join(f"{a.name}={a.size}" for a in plan.mesh)
     head = HEADER.format(mesh=mesh, plan=plan.hash(), graph=plan.graph_hash, tiers=tiers)
     bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
-    names = "forward" if inference else "forward, backward, finish" if program.micro else "forward, backward"
     return "\n".join(
         [
             head,
@@ -109,12 +115,12 @@ def split_phases(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
     return forward, backward
 
 
-def saved_nodes(program: Program, forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> list[fx.Node]:
-    """What forward hands to backward: values and inputs that backward or a gradient output takes."""
+def saved_nodes(program: Program, forward: Sequence[fx.Node], backward: Sequence[fx.Node], *, finished: bool = False) -> list[fx.Node]:
+    """What forward hands to backward: values and inputs that backward or a gradient output takes. finished: some end in `finish`."""
     early = {*forward, *(program.node(i.node) for i in program.inputs if i.role != "tangent")}
     takers = [*backward]
     grads = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad"]
-    grads = unfinished(program, [n for n in grads if n is not None]) if program.micro else grads
+    grads = unfinished(program, [n for n in grads if n is not None]) if finished else grads
     wanted = {a for node in takers for a in tensor_args(node)} | {n for n in grads if n is not None}
     return [n for n in program.graph.nodes if n in early and n in wanted and not isinstance(n.meta["val"], (tuple, list))]
 
@@ -146,8 +152,9 @@ def _backward(
     grads: Sequence[fx.Node],
     writer: _Writer,
     program: Program,
+    meets: str,
 ) -> str:
-    lines = _opened(kept, ["saved", *(n.name for n in tangents)])
+    lines = _opened(kept, ["saved", *filter(None, [meets]), *(n.name for n in tangents)])
     lines += _body(body, grads, writer, program, [*kept, *tangents])
     lines.append(f"        return ({_tuple(grads)})")
     return "\n".join([*lines, ""])
@@ -175,21 +182,36 @@ def _in_turns(
     tangents: Sequence[fx.Node],
     body: Sequence[fx.Node],
     grads: Sequence[fx.Node],
+    now: Sequence[fx.Node],
     writer: _Writer,
     program: Program,
 ) -> list[str]:
-    """`backward` and `finish` of a program in micro-batches."""
+    """`backward` and `finish` of a program in micro-batches, or of one whose gradients wait but for those that are needed `now`."""
     given = unfinished(program, grads)
-    assert program.micro is not None
-    once = {n for n, join in zip(_results(program), program.micro.joins, strict=True) if join == "same"}  # each turn makes all of it
+    joins = program.micro.joins if program.micro else ()
+    once = {n for n, join in zip(_results(program), joins, strict=False) if join == "same"}  # each turn makes all of it
     sends = {node: f"        total({i}, {node.name}{', once=True' if node in once else ''})" for i, node in enumerate(given)}
     lines = _opened(kept, ["saved", "total", *(n.name for n in tangents)])
     lines += [sends[n] for n in (*kept, *tangents) if n in sends]
-    lines += _body(body, [], writer, program, [*kept, *tangents], sends)
+    lines += _body(body, now, writer, program, [*kept, *tangents], sends)
+    lines += [f"        return ({_tuple(now)})"] if now else []
     done = [f"    def finish({', '.join(n.name for n in given)}):"]
     done += _body(list(_finish(program)), grads, writer, program, given)
     done.append(f"        return ({_tuple(grads)})")
     return ["\n".join([*lines, ""]), "\n".join([*done, ""])]
+
+
+def _waiting(program: Program, grads: Sequence[fx.Node]) -> str:
+    """Names of what `finish` takes, and for every gradient which of these it is finished from."""
+    given, finish = unfinished(program, grads), _finish(program)
+    at = {node: i for i, node in enumerate(given)}
+
+    def position(node: fx.Node) -> int:
+        while node in finish:
+            node = tensor_args(node)[0]
+        return at[node]
+
+    return f"{tuple(n.name for n in given)}, {tuple(map(position, grads))}"
 
 
 def _tuple(nodes: Iterable[fx.Node]) -> str:
@@ -257,6 +279,9 @@ def _call(node: fx.Node, writer: _Writer) -> str:
         return f"{name}{start}([{', '.join(t.name for t in tensors)}])"
     if node.target in MARKS:
         return f"tiers.{node.target.__name__}({', '.join(_text(a, writer) for a in node.args)})"  # type: ignore[union-attr]
+    if node.target is meet:
+        (x,) = tensor_args(node)
+        return f"meet({x.name!r}, {x.name})"
     if not isinstance(node.target, torch._ops.OpOverload):
         raise GraphError(f"cannot emit a call of {node.target}", where=node.meta.get("where", ""))
     args = [_text(a, writer) for a in node.args]

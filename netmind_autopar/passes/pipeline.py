@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ..costs.comm import Conversions
 from ..ir import flags
@@ -41,8 +42,10 @@ class Lowering:
     again: frozenset[tuple[str, int]] = frozenset()  # values that are converted again in backward
     away: Mapping[tuple[str, int], str] = field(default_factory=dict)  # values that wait for backward elsewhere, and where
     names: Mapping[str, str] = field(default_factory=dict)  # the class of every node
+    gradients: Gradients = "whole"
 
 
+Gradients = Literal["whole", "waiting", "closing"]
 Pass = Callable[[Program, Lowering], Program]
 
 PASSES: tuple[Pass, ...] = (
@@ -56,9 +59,13 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def lower(program: Program, rules: Mapping[str, Rule], plan: Plan) -> Program:
-    """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh."""
-    return run_passes(*prepare(program, rules, plan))
+def lower(program: Program, rules: Mapping[str, Rule], plan: Plan, gradients: Gradients = "whole") -> Program:
+    """The program of one device, rank-symbolic. Raises PlanError when the plan belongs to another program or mesh.
+
+    gradients: "waiting" are given away before their last collectives, "closing" meet there what was given away (passes/defer.py).
+    """
+    program, context = prepare(program, rules, plan)
+    return run_passes(program, replace(context, gradients=gradients))
 
 
 def prepare(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[Program, Lowering]:
@@ -77,13 +84,15 @@ def prepare(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[Pr
 
 
 def run_passes(program: Program, context: Lowering) -> Program:
-    """All passes, each followed by the check."""
+    """All passes, each followed by the check. They share one copy of the graph; the given program stays as it is."""
+    program = program.copied()
     for step in PASSES:
-        before = program
+        before = str(program.graph) if flags.debug_level() >= 3 else ""
         program = step(program, context)
         check(program, context.sizes, edges=step is not localize)
-        flags.debug(3, _diff(step.__name__, before, program))
-    return program
+        if flags.debug_level() >= 3:
+            flags.debug(3, _diff(step.__name__, before, str(program.graph)))
+    return replace(program, owned=False)
 
 
 def check(program: Program, sizes: tuple[int, ...], *, edges: bool = True) -> None:
@@ -127,8 +136,7 @@ def spec_of(specs: Mapping[str, Spec | tuple[Spec | None, ...]], node) -> Spec |
     return spec[index] if isinstance(spec, tuple) else spec
 
 
-def _diff(name: str, before: Program, after: Program) -> str:
-    if flags.debug_level() < 3 or before is after:
-        return f"pass {name}: nothing changed" if before is after else ""
-    old, new = (str(p.graph).splitlines() for p in (before, after))
-    return f"pass {name}\n" + "\n".join(difflib.unified_diff(old, new, lineterm="", n=0))
+def _diff(name: str, before: str, after: str) -> str:
+    if before == after:
+        return f"pass {name}: nothing changed"
+    return f"pass {name}\n" + "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0))

@@ -26,3 +26,19 @@ def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape
     """A DTensor around a local tensor, without communication."""
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def owned(grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients that may be written into, as clipping and accumulation do: dense, and no memory shared with another or with `given`."""
+    foreign = {t.untyped_storage().data_ptr() for t in given}
+    taken: dict[int, list[tuple[int, int]]] = {}
+    out: list[Tensor] = []
+    for grad in grads:
+        memory, start = grad.untyped_storage().data_ptr(), grad.storage_offset()
+        pieces, end = taken.setdefault(memory, []), start + grad.numel()
+        if not grad.is_contiguous() or memory in foreign or any(start < b and a < end for a, b in pieces):
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        else:
+            pieces.append((start, end))
+        out.append(grad)
+    return out

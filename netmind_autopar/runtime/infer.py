@@ -7,7 +7,7 @@ input, a DTensor comes back as the very tensor that was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,22 +20,22 @@ from ..ir.spec import Spec, local_shape, shard
 from .dtensors import as_dtensor, torch_placements
 
 if TYPE_CHECKING:
+    from .graph import Graph
     from .module import ParallelModule
 
 
-def run(pm: ParallelModule, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    """The output leaves of one call; buffers and written inputs are brought up to date."""
-    roles = pm._roles
-    given = pm._executable.signature.pack(args, kwargs)
+def run(pm: ParallelModule, graph: Graph, given: Sequence[Any]) -> list[Any]:
+    """The output leaves of one call with these tensors; buffers and written inputs are brought up to date."""
+    roles = graph.roles
     with torch.no_grad():
-        tensors = pm._user_inputs(given)
+        tensors = pm._user_inputs(graph, given)
         owners = [pm._tensor_of(item, tensors) for item in roles.leading]
         locals_ = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
-        values = list(forward(*locals_)[0])
-        pm._keep_from_changing([locals_[k] for k in roles.changed], values, [])
+        values = graph.infer(locals_)
+        graph.keep_from_changing("inference", [locals_[k] for k in roles.changed], values, [])
         leaves: list[Any] = [None] * roles.leaves
         written = {o.node: given[o.index] for o in roles.results if o.role == "mutation" and o.index >= 0}
-        fresh = [_result(pm, o, s, v, locals_) for o, s, v in zip(roles.results, roles.result_specs, values, strict=True)]
+        fresh = [_result(graph, o, s, v, locals_) for o, s, v in zip(roles.results, roles.result_specs, values, strict=True)]
         for out, spec, value in zip(roles.results, roles.result_specs, fresh, strict=True):
             if out.role == "output":
                 target = written.get(out.node)
@@ -43,35 +43,36 @@ def run(pm: ParallelModule, forward: Callable[..., Any], args: tuple, kwargs: di
             elif out.index < 0:
                 pm.get_buffer(out.name).copy_(value)
             else:
-                _write(pm, given[out.index], spec, value)
+                _write(graph, given[out.index], spec, value)
     if torch.is_grad_enabled() and any(p.requires_grad for p in pm.parameters()):
         leaves = _refusing(leaves, roles.results, written)
     return leaves
 
 
-def _result(pm: ParallelModule, out: Output, spec: Spec, value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def _result(graph: Graph, out: Output, spec: Spec, value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """A result as a tensor of its own; outputs of one dim or more as the plan leaves them."""
     memory = value.untyped_storage().data_ptr()
     if out.role == "output" and any(memory == t.untyped_storage().data_ptr() for t in inputs if t.numel()):
         value = value.clone()
-    return as_dtensor(value, pm._mesh, torch_placements(spec), spec.shape) if out.role == "output" and spec.shape else value
+    return as_dtensor(value, graph.mesh, torch_placements(spec), spec.shape) if out.role == "output" and spec.shape else value
 
 
-def _write(pm: ParallelModule, target: Tensor, spec: Spec, value: Tensor) -> None:
+def _write(graph: Graph, target: Tensor, spec: Spec, value: Tensor) -> None:
     """The new value of an input into the caller's tensor; `value` lies as the plan has the input."""
     if isinstance(target, DTensor):
-        new = as_dtensor(value, pm._mesh, torch_placements(spec), spec.shape)
-        target._local_tensor.copy_(new.redistribute(pm._mesh, target.placements)._local_tensor)
+        new = as_dtensor(value, graph.mesh, torch_placements(spec), spec.shape)
+        target._local_tensor.copy_(new.redistribute(graph.mesh, target.placements)._local_tensor)
     else:
         target.copy_(value)
 
 
-def shard_inputs(pm: ParallelModule, args: tuple, kwargs: dict[str, Any]) -> list[DTensor]:
+def shard_inputs(graph: Graph, given: Sequence[Tensor]) -> list[DTensor]:
     """The tensors of a call, whole on every device, as DTensors that lie as the plan has them."""
     out = []
-    for item, spec, value in zip(pm._roles.users, pm._roles.user_specs, pm._executable.signature.pack(args, kwargs), strict=True):
+    place = graph.place
+    for item, spec, value in zip(graph.roles.users, graph.roles.user_specs, given, strict=True):
         if isinstance(value, DTensor):
-            out.append(value.redistribute(pm._mesh, torch_placements(spec)))
+            out.append(value.redistribute(graph.mesh, torch_placements(spec)))
             continue
         if tuple(value.shape) != spec.shape:
             raise InputError(
@@ -79,9 +80,9 @@ def shard_inputs(pm: ParallelModule, args: tuple, kwargs: dict[str, Any]) -> lis
                 why="whole tensors are given here, the same on every device",
                 try_="pass the global tensor",
             )
-        local = shard(value.to(pm._place.device), spec, pm._place.sizes, pm._place.coord).clone()
-        assert tuple(local.shape) == local_shape(spec, pm._place.sizes, pm._place.coord)
-        out.append(as_dtensor(local, pm._mesh, torch_placements(spec), spec.shape))
+        local = shard(value.to(place.device), spec, place.sizes, place.coord).clone()
+        assert tuple(local.shape) == local_shape(spec, place.sizes, place.coord)
+        out.append(as_dtensor(local, graph.mesh, torch_placements(spec), spec.shape))
     return out
 
 

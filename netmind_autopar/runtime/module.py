@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,61 +15,17 @@ from torch.distributed.tensor import Replicate as TorchReplicate
 
 from ..ir.errors import InputError, ShapeError
 from ..ir.plan import Plan
-from ..ir.program import Input, Output, Program, Signature
+from ..ir.program import Input
 from ..ir.spec import Spec, local_shape, shard
 from . import infer
+from .accumulate import Waiting
 from .collectives import ProcessWire
 from .dtensors import as_dtensor, torch_placements
+from .executable import Executable
+from .graph import Graph
 from .parked import park
-from .place import Place, load
-from .reach import reached
+from .place import Place
 from .step import Step
-from .turns import Turns
-
-
-@dataclass(frozen=True)
-class Executable:
-    """What a device needs to run a plan: sources, the meaning of the program's ends, and their specs. No tracer, no solver."""
-
-    source: str
-    inference_source: Callable[[], str]
-    inputs: tuple[Input, ...]
-    outputs: tuple[Output, ...]
-    input_specs: tuple[Spec, ...]
-    output_specs: tuple[Spec, ...]
-    signature: Signature
-    constants: Mapping[str, Tensor]
-    tied: Mapping[str, str]
-    training: bool
-    mode: str
-    reached: tuple[frozenset[int], ...]  # of each gradient: the outputs whose gradient enters into it
-    parked: Mapping[str, str]  # parameters whose optimizer state waits between steps elsewhere, and where
-    turns: int = 1
-    joins: tuple[str, ...] = ()  # of micro-batches, see `ir.program.Micro`
-
-    @classmethod
-    def of(
-        cls, lowered: Program, source: str, inference_source: Callable[[], str], *, training: bool, parked: Mapping[str, str] | None = None
-    ) -> Executable:
-        """From a lowered program: `specs` of its placeholders, `expects` of its results."""
-        specs = tuple(lowered.specs[i.node] for i in lowered.inputs)
-        return cls(
-            source,
-            inference_source,
-            lowered.inputs,
-            lowered.outputs,
-            specs,  # type: ignore[arg-type]
-            lowered.results,
-            lowered.signature,
-            lowered.constants,
-            lowered.tied,
-            training,
-            lowered.mode,
-            reached(lowered),
-            parked or {},
-            lowered.turns,
-            lowered.micro.joins if lowered.micro else (),
-        )
 
 
 class ParallelModule(nn.Module):
@@ -86,19 +42,10 @@ class ParallelModule(nn.Module):
         sizes, coord = tuple(device_mesh.shape), tuple(device_mesh.get_coordinate() or ())
         groups = [device_mesh.get_group(axis).group_name for axis in range(len(sizes))]
         device = _device(device_mesh)
-        self._place = Place(plan.axis_names, sizes, coord, device, ProcessWire(groups, sizes, coord), executable.constants)
-        self._forward: Callable[..., Any] | None = None
-        self._infer: Callable[..., Any] | None = None
-        self._turns: Turns | None = None
-        if executable.mode == "inference":
-            self._infer = load(executable.source, self._place, "inference")
-        elif executable.turns > 1:
-            self._turns = self._in_turns(executable.source)
-            self._forward = self._turns.step
-        else:
-            self._forward, self._backward = load(executable.source, self._place)
-        self._shared: dict[bool, list[list[int]]] = {}
-        self._roles = _Roles(executable)
+        self._wire = ProcessWire(groups, sizes, coord)
+        self._place = Place(plan.axis_names, sizes, coord, device, self._wire, executable.constants)
+        self._graph = Graph(executable, plan, device_mesh, self._place)
+        self._waiting = Waiting()
         self._adopt(model, sizes, coord, device)
         park({self.get_parameter(name): tier for name, tier in executable.parked.items()})
         self.train(executable.training)
@@ -111,7 +58,7 @@ class ParallelModule(nn.Module):
     @property
     def sent_bytes(self) -> dict[str, int]:
         """Bytes this device has sent so far, by "collective over axis"."""
-        return {f"{wire} over {self._plan.axis_names[axis]}": n for (wire, axis), n in sorted(self._place.wire.sent.items())}
+        return {f"{wire} over {self._plan.axis_names[axis]}": n for (wire, axis), n in sorted(self._wire.sent.items())}
 
     def code(self) -> str:
         """The emitted Python source, the same on every rank."""
@@ -120,51 +67,48 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's forward. Raises ShapeError for inputs unlike those planned for."""
         self._check_mode()
-        if self._forward is None:
-            leaves = infer.run(self, self._infer, args, kwargs)  # type: ignore[arg-type]
-            return self._executable.signature.unpack([v.full_tensor() if self._gather and isinstance(v, DTensor) else v for v in leaves])
-        tensors = self._user_inputs(self._executable.signature.pack(args, kwargs))
-        owners = [self._tensor_of(item, tensors) for item in self._roles.leading]
-        results = Step.apply(self, *owners)
-        leaves = [None] * self._roles.leaves
-        for out, value in zip(self._roles.results, results, strict=True):
+        graph = self._graph
+        given = graph.executable.signature.pack(args, kwargs)
+        if not graph.trains:
+            return self._unpacked(graph, infer.run(self, graph, given))
+        tensors = self._user_inputs(graph, given)
+        owners = [self._tensor_of(item, tensors) for item in graph.roles.leading]
+        results = Step.apply(self, graph, *owners)
+        leaves = [None] * graph.roles.leaves
+        for out, value in zip(graph.roles.results, results, strict=True):
             if out.role == "mutation":
                 with torch.no_grad():
                     self.get_buffer(out.name).copy_(value)
             else:
-                leaves[out.index] = value.full_tensor() if self._gather and isinstance(value, DTensor) else value
-        return self._executable.signature.unpack(leaves)
+                leaves[out.index] = value
+        return self._unpacked(graph, leaves)
+
+    def _unpacked(self, graph: Graph, leaves: Sequence[Any]) -> Any:
+        """What the original returns, around its tensors; gathered where every output is wanted whole."""
+        whole = [v.full_tensor() if self._gather and isinstance(v, DTensor) else v for v in leaves]
+        return graph.executable.signature.unpack(whole)
 
     def shard_inputs(self, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         """(args, kwargs) of a call with its tensors, whole on every device, as DTensors that lie as the plan has them.
 
         For a cache that stays split from call to call: give it to the first call so, and what comes back to the next.
         """
-        return self._executable.signature.rebuild(list(infer.shard_inputs(self, args, kwargs)))
+        signature = self._executable.signature
+        return signature.rebuild(list(infer.shard_inputs(self._graph, signature.pack(args, kwargs))))
 
-    def _in_turns(self, source: str, *, inference: bool = False) -> Turns:
-        """The emitted functions of every micro-batch."""
-        e = self._executable
-        joins = [join for join, out in zip(e.joins, e.outputs, strict=True) if out.role != "grad"]
-        return Turns(source, self._place, e.turns, joins, inference=inference)
+    def no_sync(self, active: bool = True) -> AbstractContextManager[None]:
+        """Calls of the module inside keep their gradients back on each device: they are added up, and the first call outside reduces
+        them together with its own. Does nothing with active=False. See docs/training.md."""
+        return self._waiting.block(active)
 
-    def _keep_from_changing(self, buffers: Sequence[Tensor], values: list[Tensor], saved: list[Tensor]) -> None:
-        """Copy results and saved values that share memory with a buffer which this step writes: they mean its old value.
+    def reduce_gradients(self) -> None:
+        """Reduce now what calls inside `no_sync` kept back, without another call. On all ranks alike."""
+        self._waiting.reduce(self)
 
-        Which ones do is the same in every step, so it is looked up once for training and once for inference.
-        """
-        if not buffers:
-            return
-        key = bool(saved)
-        if key not in self._shared:
-            memory = {t.untyped_storage().data_ptr() for t in buffers if t.numel()}
-            self._shared[key] = [
-                [k for k, t in enumerate(ts) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in memory]
-                for ts in (values, saved)
-            ]
-        for tensors, found in zip((values, saved), self._shared[key], strict=True):
-            for k in found:
-                tensors[k] = tensors[k].clone()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any module; what waits for its reduction is thrown away too."""
+        self._waiting.clear()
+        super().zero_grad(set_to_none)
 
     def _check_mode(self) -> None:
         e = self._executable
@@ -177,9 +121,9 @@ class ParallelModule(nn.Module):
                 try_=f"call autoparallelize again after model.{now}() and load this module's state_dict into it",
             )
 
-    def _user_inputs(self, given: Sequence[Tensor]) -> list[Tensor]:
+    def _user_inputs(self, graph: Graph, given: Sequence[Tensor]) -> list[Tensor]:
         out: list[Tensor] = []
-        for item, spec, value in zip(self._roles.users, self._roles.user_specs, given, strict=True):
+        for item, spec, value in zip(graph.roles.users, graph.roles.user_specs, given, strict=True):
             if isinstance(value, DTensor):
                 value = value.redistribute(self._mesh, torch_placements(spec)).to_local()
             want = local_shape(spec, self._place.sizes, self._place.coord)
@@ -236,27 +180,6 @@ class ParallelModule(nn.Module):
         else:
             local, placements = shard(full, spec, sizes, coord).clone(), torch_placements(spec)
         return nn.Parameter(as_dtensor(local, self._mesh, placements, full.shape), requires_grad=parameter.requires_grad)
-
-
-class _Roles:
-    """The ends of the program, sorted once."""
-
-    def __init__(self, e: Executable) -> None:
-        pairs = list(zip(e.inputs, e.input_specs, strict=True))
-        users = sorted((p for p in pairs if p[0].role == "input"), key=lambda p: p[0].index)
-        self.users, self.user_specs = [i for i, _ in users], [s for _, s in users]
-        self.leading = [i for i in e.inputs if i.role != "tangent"]
-        self.leading_specs = [s for i, s in pairs if i.role != "tangent"]
-        self.tangents = [(i, s) for i, s in pairs if i.role == "tangent"]
-        ends = list(zip(e.outputs, e.output_specs, strict=True))
-        self.results = [o for o, _ in ends if o.role != "grad"]
-        self.result_specs = [s for o, s in ends if o.role != "grad"]
-        self.leaves = 1 + max((o.index for o in self.results if o.role == "output"), default=-1)
-        order = {(i.name, i.index): k for k, i in enumerate(self.leading) if i.role in ("param", "input")}
-        self.grad_slots = [order[o.name, o.index] for o, _ in ends if o.role == "grad"]
-        changed = {o.name for o in self.results if o.role == "mutation"}
-        self.reached = e.reached
-        self.changed = [k for k, i in enumerate(self.leading) if i.role == "buffer" and i.name in changed]
 
 
 def _broadcast(name: str, tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from ..ir.errors import AutoparError, InputError
 from ..ir.spec import local_shape, shard
-from .dtensors import as_dtensor, torch_placements
-from .place import load
+from .dtensors import as_dtensor, owned, torch_placements
 
 if TYPE_CHECKING:
+    from .graph import Graph
     from .module import ParallelModule
 
 
@@ -22,23 +22,24 @@ class Step(torch.autograd.Function):
     """One training step of the emitted code as a single autograd node; autograd never sees a collective."""
 
     @staticmethod
-    def forward(ctx: Any, pm: ParallelModule, *owners: Tensor) -> tuple[Tensor, ...]:
-        roles, place = pm._roles, pm._place
+    def forward(ctx: Any, pm: ParallelModule, graph: Graph, *owners: Tensor) -> tuple[Tensor, ...]:
+        roles, place = graph.roles, graph.place
         ctx.set_materialize_grads(False)
         locals_ = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
-        ctx.pm = pm
+        ctx.pm, ctx.graph, ctx.held_back = pm, graph, pm._waiting.depth > 0  # where forward runs decides, as with DDP
         training = any(ctx.needs_input_grad)
-        if not training and pm._infer is None:
-            source = pm._executable.inference_source()
-            pm._infer = load(source, place, "inference") if pm._turns is None else pm._in_turns(source, inference=True).infer
-        if training and pm._turns:  # all of the step but the factor that only backward knows
+        ctx.kind = kind = pm._waiting.kind(graph) if training else "inference"
+        saved: list[Any] = []
+        if not training:
+            values = graph.infer(locals_)
+        elif graph.executable.turns > 1:  # all of the step but the factor that only backward knows
             ones = [torch.ones((), dtype=spec.dtype, device=place.device) for _, spec in roles.tangents]
-            values, ctx.gradients = pm._turns.step(locals_, ones)
-            saved: Any = []
+            run = graph.bind(kind).step if kind == "whole" else graph.bind(kind).sums
+            made, ctx.sums = run(locals_, ones)
+            values = list(made)
         else:
-            values, saved = (pm._forward if training else pm._infer)(*locals_)  # type: ignore[misc]
-        values, saved = list(values), list(saved)
-        pm._keep_from_changing([locals_[k] for k in roles.changed], values, saved)
+            values, saved = map(list, graph.bind(kind)[0](*locals_))
+        graph.keep_from_changing(kind, [locals_[k] for k in roles.changed], values, saved)
         if training:
             ctx.saved = saved
             ctx.owners = [t for item, t in zip(roles.leading, owners, strict=True) if item.role in ("param", "input")]
@@ -46,7 +47,7 @@ class Step(torch.autograd.Function):
         out: list[Tensor] = []
         for end, spec, value in zip(roles.results, roles.result_specs, values, strict=True):
             if end.role == "output" and spec.shape:
-                value = as_dtensor(value, pm._mesh, torch_placements(spec), spec.shape)
+                value = as_dtensor(value, graph.mesh, torch_placements(spec), spec.shape)
             elif any(value is t for t in (*owners, *out)):  # each result is a tensor of its own: a loss may also be a new buffer
                 value = value.clone()
             out.append(value)
@@ -57,7 +58,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        pm, roles = ctx.pm, ctx.pm._roles
+        graph, roles = ctx.graph, ctx.graph.roles
         if ctx.saved is None:
             raise AutoparError(
                 "backward was called twice on one forward",
@@ -70,27 +71,42 @@ class Step(torch.autograd.Function):
                 why="backward needs the values that forward had",
                 try_="call optimizer.step() after backward(), and write loss = loss / n instead of loss /= n",
             )
-        tangents = _tangents(pm, grads)
+        tangents = _tangents(graph, grads)
         given = [*tangents, *(t._local_tensor if isinstance(t, DTensor) else t for t in ctx.owners)]
         saved, ctx.saved, ctx.versions, ctx.owners = ctx.saved, None, None, ()
-        if pm._turns:
-            results, ctx.gradients = owned(ctx.gradients, given), ()
-            torch._foreach_mul_(results, tangents[0])
-        else:
-            results = owned(pm._backward(saved, *tangents), given)
-        out: list[Tensor | None] = [None] * len(roles.leading)
         arrived = {o.index for o, g in zip(roles.results, grads, strict=True) if o.role == "output" and g is not None}
-        for slot, grad, behind in zip(roles.grad_slots, results, roles.reached, strict=True):
-            if not behind & arrived:
-                continue
+        results, reached = _gradients(ctx, saved, tangents, arrived)
+        out: list[Tensor | None] = [None] * len(roles.leading)
+        complete = [(slot, r) for slot, r in zip(roles.grad_slots, reached, strict=True) if r is not None]
+        for (slot, there), grad in zip(complete, owned(results, given), strict=True):
             item, spec = roles.leading[slot], roles.leading_specs[slot]
-            out[slot] = as_dtensor(grad, pm._mesh, torch_placements(spec), spec.shape) if item.role == "param" else grad
-        return (None, *out)
+            if there:
+                out[slot] = as_dtensor(grad, graph.mesh, torch_placements(spec), spec.shape) if item.role == "param" else grad
+        return (None, None, *out)
 
 
-def _tangents(pm: ParallelModule, grads: Sequence[Tensor | None]) -> list[Tensor]:
+def _gradients(ctx: Any, saved: list[Any], tangents: list[Tensor], arrived: set[int]) -> tuple[Sequence[Tensor], list[bool | None]]:
+    """The gradients that are complete, local; and for each of all gradients whether something reaches it, None where it waits."""
+    graph, waiting = ctx.graph, ctx.pm._waiting
+    sums: list[Tensor] = list(getattr(ctx, "sums", ()))
+    ctx.sums = ()
+    if sums:
+        torch._foreach_mul_(sums, tangents[0])
+    if ctx.kind == "whole":
+        results = sums if graph.executable.turns > 1 else graph.bind("whole")[1](saved, *tangents)
+        reached: list[bool | None] = [bool(behind & arrived) for behind in graph.roles.reached]
+    elif ctx.kind == "closing":
+        results, reached = waiting.close(graph, saved, tangents, arrived)
+    else:
+        results, reached = waiting.keep(ctx.pm, graph, saved, tangents, arrived, sums, last=not ctx.held_back)
+    if not ctx.held_back:
+        waiting.reduce(ctx.pm)
+    return results, reached
+
+
+def _tangents(graph: Graph, grads: Sequence[Tensor | None]) -> list[Tensor]:
     """Local gradients of the differentiable outputs, zeros where none arrived. Raises InputError for any other output."""
-    roles, place = pm._roles, pm._place
+    roles, place = graph.roles, graph.place
     arrived = {o.index: g for o, g in zip(roles.results, grads, strict=True) if o.role == "output" and g is not None}
     planned = {item.index for item, _ in roles.tangents}
     for o in roles.results:
@@ -107,24 +123,8 @@ def _tangents(pm: ParallelModule, grads: Sequence[Tensor | None]) -> list[Tensor
         if grad is None:
             grad = torch.zeros(local_shape(spec, place.sizes, place.coord), dtype=spec.dtype, device=place.device)
         elif isinstance(grad, DTensor):
-            grad = grad.redistribute(pm._mesh, torch_placements(spec)).to_local()
+            grad = grad.redistribute(graph.mesh, torch_placements(spec)).to_local()
         elif spec.shape:
             grad = shard(grad, spec, place.sizes, place.coord)
         out.append(grad.contiguous())
-    return out
-
-
-def owned(grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients that may be written into, as clipping and accumulation do: dense, and no memory shared with another or with `given`."""
-    foreign = {t.untyped_storage().data_ptr() for t in given}
-    taken: dict[int, list[tuple[int, int]]] = {}
-    out: list[Tensor] = []
-    for grad in grads:
-        memory, start = grad.untyped_storage().data_ptr(), grad.storage_offset()
-        pieces, end = taken.setdefault(memory, []), start + grad.numel()
-        if not grad.is_contiguous() or memory in foreign or any(start < b and a < end for a, b in pieces):
-            grad = grad.clone(memory_format=torch.contiguous_format)
-        else:
-            pieces.append((start, end))
-        out.append(grad)
     return out

@@ -36,12 +36,17 @@ class Turns:
 
     def step(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Results and gradients of a step, forward and backward of each micro-batch before the next one begins."""
+        results, sums = self.sums(inputs, tangents)
+        return results, self.bound[0][2](*sums)
+
+    def sums(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """`step` without what comes after the last micro-batch: results, and what `finish` takes."""
         results, sums = [], _Sums()
-        for forward, backward, _ in self.bound:
+        for forward, backward, *_ in self.bound:
             made, saved = forward(*inputs)
             results.append(made)
             backward(saved, sums.add, *tangents)
-        return self._joined(results), self.bound[0][2](*sums.tensors)
+        return self._joined(results), sums.tensors
 
     def _joined(self, results: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
         return tuple(join(how, pieces) for how, *pieces in zip(self.joins, *results, strict=True))
