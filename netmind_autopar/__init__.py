@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import autoparallelize, plan
+    from .checkpoint import Checkpoints
     from .ir.errors import AutoparError
     from .ir.mesh import Mesh
     from .ir.plan import Plan
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from .runtime.module import ParallelModule
     from .verification import Report, verify
 
-__all__ = ["AutoparError", "Mesh", "ParallelModule", "Plan", "Report", "autoparallelize", "plan", "register_rule", "verify"]
+__all__ = ["AutoparError", "Checkpoints", "Mesh", "ParallelModule", "Plan", "Report", "autoparallelize", "plan", "register_rule", "verify"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "autoparallelize": "api",
     "plan": "api",
     "AutoparError": "ir.errors",
+    "Checkpoints": "checkpoint",
     "Mesh": "ir.mesh",
     "Plan": "ir.plan",
     "register_rule": "rules.learnt",

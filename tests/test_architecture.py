@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent / "netmind_autopar"
 PACKAGE = "netmind_autopar"
 FILES = sorted(ROOT.rglob("*.py"))
 
-# ir ← {rules, kernels, runtime} ← {tracer, costs} ← solver ← passes ← arguments ← api ← {verification, calibrate} ←
+# ir ← {rules, kernels, runtime} ← {tracer, costs, checkpoint} ← solver ← passes ← arguments ← api ← {verification, calibrate} ←
 # {report, modelfile} ← cli
 LAYERS = (
     ("ir",),
     ("rules", "kernels", "runtime"),
-    ("tracer", "costs"),
+    ("tracer", "costs", "checkpoint"),
     ("solver",),
     ("passes",),
     ("arguments",),
@@ -163,7 +163,7 @@ def test_runtime_needs_no_planner() -> None:
     code = (
         "import sys, pkgutil, importlib\n"
         f"from {PACKAGE} import ParallelModule, Plan\n"
-        f"for part in ('runtime', 'kernels'):\n"
+        f"for part in ('runtime', 'kernels', 'checkpoint'):\n"
         f"    package = importlib.import_module('{PACKAGE}.' + part)\n"
         f"    [importlib.import_module(package.__name__ + '.' + m.name) for m in pkgutil.iter_modules(package.__path__)]\n"
         f"bad = [m for m in sys.modules if m.startswith(('{PACKAGE}.tracer', '{PACKAGE}.solver', '{PACKAGE}.costs', 'pulp', 'highspy'))]\n"

@@ -71,6 +71,14 @@ class OffloadError(AutoparError):
     """A tensor cannot wait in host memory or on disk: no room, or no right to write there."""
 
 
+class CheckpointError(AutoparError):
+    """A checkpoint or a file of weights cannot be written or read."""
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint, or of weights, is not what was written: cut off, changed or missing."""
+
+
 class GraphError(AutoparError):
     """An internal check failed: a pass left a graph whose specs disagree. Always a defect of this package."""
 
