@@ -145,6 +145,10 @@ def run(case: dict) -> dict[str, Any]:
         return flights(case)
     if "overlap" in case:
         return overlap(case)
+    if "training" in case:
+        import gloo_training
+
+        return gloo_training.CASES[case["training"]](case)
     if "zoo" in case:
         import gloo_zoo  # the whole zoo is imported by it: only where it is asked for
 

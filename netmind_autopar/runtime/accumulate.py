@@ -183,7 +183,7 @@ class Waiting:
             own = p.grad is None or (name in self.marks and self.marks[name].own)
             if p.grad is None:
                 p.grad = _nothing(p)
-            self.marks[name] = _Mark(p, p.grad, _local(p.grad)._version, own)
+            self.marks[name] = _Mark(p, p.grad, _version(p.grad), own)
 
     def look(self) -> None:
         """Throw away what waits of parameters whose gradients were set to None or zero meanwhile, as `zero_grad` does.
@@ -244,12 +244,12 @@ class _Mark:
 
     parameter: Tensor
     grad: Tensor
-    version: int
+    version: tuple[int, int]
     own: bool
 
     @property
     def stands(self) -> bool:
-        return self.parameter.grad is self.grad and _local(self.grad)._version == self.version
+        return self.parameter.grad is self.grad and _version(self.grad) == self.version
 
     def remove(self) -> None:
         if self.own and self.parameter.grad is self.grad:
@@ -258,6 +258,10 @@ class _Mark:
 
 def _local(t: Tensor) -> Tensor:
     return t._local_tensor if isinstance(t, DTensor) else t
+
+
+def _version(grad: Tensor) -> tuple[int, int]:
+    return grad._version, _local(grad)._version  # of a DTensor: who writes through it counts there, who writes into its piece here
 
 
 def _nothing(p: Tensor) -> Tensor:
