@@ -99,6 +99,7 @@ class Program:
     expects: Mapping[str, tuple[Spec, ...]] = field(default_factory=dict)
     mode: str = "training"  # or "inference": forward alone, no tangents and no gradients
     micro: Micro | None = None
+    owned: bool = False  # nobody else holds the graph: `edit` changes it in place
 
     @property
     def turns(self) -> int:
@@ -115,11 +116,17 @@ class Program:
 
     @contextmanager
     def edit(self) -> Iterator[Draft]:
-        """A copy to change; the program itself stays as it is. Read `draft.program` after the block."""
+        """A copy to change; the program itself stays as it is, unless it is `owned`. Read `draft.program` after the block."""
         draft = Draft(self)
         yield draft
-        draft.graph.lint()
+        if not self.owned:
+            draft.graph.lint()
         draft.program = replace(self, graph=draft.graph, specs=draft.specs, expects=draft.expects)
+
+    def copied(self) -> Program:
+        """A copy whose graph nobody else holds: every edit changes it, so that many edits cost one copy. Check it after each."""
+        draft = Draft(self)
+        return replace(self, graph=draft.graph, specs=draft.specs, expects=draft.expects, owned=True)
 
     def node(self, name: str) -> fx.Node:
         for node in self.graph.nodes:
@@ -151,18 +158,23 @@ class Program:
 
 
 class Draft:
-    """A program being edited: its own copy of the graph (node names kept) and of the specs."""
+    """A program being edited: its own copy of the graph (node names kept; the graph itself of a program that is `owned`), and of the
+    specs."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in program.graph.nodes:
-            copies[node] = self.graph.node_copy(node, lambda n: copies[n])
-            if copies[node].name != node.name:
-                raise GraphError(f"copying the graph renamed {node.name!r} to {copies[node].name!r}")
+        self.graph = program.graph if program.owned else _copy(program.graph)
         self.specs = dict(program.specs)
         self.expects = dict(program.expects)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    out, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        copies[node] = out.node_copy(node, lambda n: copies[n])
+        if copies[node].name != node.name:
+            raise GraphError(f"copying the graph renamed {node.name!r} to {copies[node].name!r}")
+    return out
 
 
 def _joined(spec: Spec, join: str, count: int) -> Spec:

@@ -32,7 +32,8 @@ def localize(program: Program, context: Lowering) -> Program:
                 new.specs[node.name] = _replicated(values(node)[0], context)
             elif node.op == "call_function" and not is_getitem(node):
                 _localize_op(node, context.rules[node.name], context.strategies[node.name], new, context)
-        new.expects["output"] = tuple(_result_spec(program, out, new.specs, context) for out in program.outputs)
+        nodes = {node.name: node for node in new.graph.nodes}
+        new.expects["output"] = tuple(_result_spec(program, nodes[out.node], out, new.specs, context) for out in program.outputs)
     return new.program
 
 
@@ -58,9 +59,9 @@ def _end_spec(name: str, value: torch.Tensor, context: Lowering) -> Spec:
     return spec or _replicated(value, context)
 
 
-def _result_spec(program: Program, out: Output, specs: Mapping[str, Spec | tuple], context: Lowering) -> Spec:
+def _result_spec(program: Program, node: fx.Node, out: Output, specs: Mapping[str, Spec | tuple], context: Lowering) -> Spec:
     """Where a result must lie: a gradient as its parameter, a buffer replicated, an output as the plan chose."""
-    value, owner = value_of(program.node(out.node)), owner_of(program, out)
+    value, owner = value_of(node), owner_of(program, out)
     if owner is None:
         return _replicated(value, context)
     return specs[owner] if owner in specs else _end_spec(owner, value, context)  # type: ignore[return-value]

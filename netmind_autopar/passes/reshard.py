@@ -6,11 +6,14 @@ its price, `meta["seconds"]`: of gradients that travel in buckets their part of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from ..ir.program import Draft, Program, source
+from ..ir.spec import Spec
 from ..runtime.collectives import move
 from ..solver.conversions import Needed, Use, needed_conversions
 
@@ -26,8 +29,12 @@ def insert_reshards(program: Program, context: Lowering) -> Program:
     with program.edit() as new:
         nodes = {node.name: node for node in new.graph.nodes}
         replaced: dict[str, dict[int, fx.Node]] = {}
+        known: dict[tuple[Spec, Spec, bool], list[_Step]] = {}  # repeated blocks ask for the same again
         for need in needed:
-            converted = _splice(new, context, nodes, need)
+            key = (need.source, need.target, need.is_gradient)
+            if key not in known:
+                known[key] = _steps(context, need)
+            converted = _splice(new, nodes, need, known[key])
             for use in need.uses:
                 replaced.setdefault(use.node, {})[use.position] = converted
         for name, positions in replaced.items():
@@ -35,21 +42,33 @@ def insert_reshards(program: Program, context: Lowering) -> Program:
     return new.program
 
 
-def _splice(new: Draft, context: Lowering, nodes: dict[str, fx.Node], need: Needed) -> fx.Node:
-    """The chain of moves, just before its first use; for a mere result of the program, just after its producer."""
-    current = value = _handle(nodes[need.producer], need.index)
-    first = _first_use(need)
+@dataclass(frozen=True)
+class _Step:
+    """One move of a chain: what `move` takes besides the tensor, both specs, seconds."""
+
+    args: tuple[str, int, str, str]
+    before: Spec
+    after: Spec
+    seconds: float
+
+
+def _steps(context: Lowering, need: Needed) -> list[_Step]:
+    """The chain of a conversion; recasts are only other words for a layout."""
     path = context.conversions.path(need.source, need.target)
     whole = sum(step.seconds for step in path)
     share = context.conversions.seconds(need.source, need.target, bucketed=need.is_gradient) / whole if whole else 1.0
-    for step in path:
-        if step.kind == "recast":
-            continue
-        args = (current, step.kind, step.axis, str(step.before), str(step.after))
+    return [_Step((m.kind, m.axis, str(m.before), str(m.after)), m.before, m.after, m.seconds * share) for m in path if m.kind != "recast"]
+
+
+def _splice(new: Draft, nodes: dict[str, fx.Node], need: Needed, steps: Sequence[_Step]) -> fx.Node:
+    """The chain of moves, just before its first use; for a mere result of the program, just after its producer."""
+    current = value = _handle(nodes[need.producer], need.index)
+    first = _first_use(need)
+    for step in steps:
         anchor = new.graph.inserting_after(current) if first.result else new.graph.inserting_before(nodes[first.node])
         with anchor:
-            made = new.graph.create_node("call_function", move, args, name=f"{value.name}_{step.kind}")
-        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": first.phase, "seconds": step.seconds * share}
+            made = new.graph.create_node("call_function", move, (current, *step.args), name=f"{value.name}_{step.args[0]}")
+        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": first.phase, "seconds": step.seconds}
         new.specs[made.name], new.expects[made.name] = step.after, (step.before,)
         current = made
     return current
