@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from case_kit import GENERATOR, A, B, Case, F, I, K, P
 from elementwise_cases import elementwise
+from fused_cases import fused
 from library_cases import library
 
 
@@ -386,4 +387,4 @@ def _blocks() -> Iterator[Case]:
             yield "autopar.embedding_bag_backward.default", (F(n, m), I(8, m + 3), bags, scale, 8, 0, 0), {}
 
 
-CASES: tuple[Case, ...] = (*elementwise(), *_listed(), *library())
+CASES: tuple[Case, ...] = (*elementwise(), *_listed(), *library(), *fused())

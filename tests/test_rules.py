@@ -128,6 +128,18 @@ EXPECTED = {
     "autopar.pick.default": "*n c, n -> n",
     "autopar.cross_entropy_backward.default": "*n, n c, n, n -> n c",
     "autopar.dropout.default": "*d0 d1 d2,  -> d0 d1 d2",
+    "autopar.rms_norm.default": "a b c!, c! -> a b c!, a b",
+    "autopar.layer_norm.default": "a b c!, c!, c! -> a b c!, a b, a b",
+    "autopar.add_rms_norm.default": "a b c!, a b c!, c! -> a b c!, a b c!, a b",
+    "autopar.add_layer_norm.default": "a b c!, a b c!, c!, c! -> a b c!, a b c!, a b, a b",
+    "autopar.rms_norm_backward.default": "*a b c!, a b c!, c!, a b -> a b c!, c!",
+    "autopar.layer_norm_backward.default": "*a b c!, a b c!, c!, c!, a b, a b -> a b c!, c!, c!",
+    "autopar.gated.default": "d0 d1 d2, *d0 d1 d2 -> d0 d1 d2",
+    "autopar.gated_backward.default": "*d0 d1 d2, d0 d1 d2, d0 d1 d2 -> d0 d1 d2, d0 d1 d2",
+    "autopar.rope.default": "*b h s d!, s r!, s r! -> b h s d!",
+    "autopar.cross_entropy.default": "n c!, n -> n, n",
+    "autopar.vocab_stats.default": "n c!, n -> 1 t! n",
+    "autopar.vocab_combine.default": "k! t! n -> n, n",
     "autopar.attention.default": "b g s d!, b g t! d!, b g t! e! -> b g s e!, b g s",
 }
 

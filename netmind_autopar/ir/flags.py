@@ -5,6 +5,8 @@ AUTOPAR_DUMP    a folder: graphs, plans and emitted code are written there.
 AUTOPAR_CACHE   a folder for rules that were found; ~/.cache/netmind-autopar when unset, none when "off".
 AUTOPAR_OFFLOAD    a folder on a disk, for tensors that a plan keeps there during a step; the system's temporary folder when unset.
 AUTOPAR_DISCOVER   0: ops without a rule are never run to find one.
+AUTOPAR_KERNELS    0: fused ops run as plain PyTorch on every device, never as Triton kernels.
+AUTOPAR_TUNED      a file of launch configurations that were measured on this device; one in the cache folder when unset.
 """
 
 from __future__ import annotations
@@ -49,6 +51,17 @@ def offload_folder() -> Path | None:
 def discovers() -> bool:
     """False when ops without a rule must not be run to find one."""
     return os.environ.get("AUTOPAR_DISCOVER", "1").strip().lower() not in ("0", "off", "no", "false")
+
+
+def plain_kernels() -> bool:
+    """True when fused ops must not run as Triton kernels."""
+    return os.environ.get("AUTOPAR_KERNELS", "1").strip().lower() in ("0", "off", "no", "false")
+
+
+def tuned_file() -> Path | None:
+    """The file of launch configurations that the user names; None for the one in the cache folder, if there is one."""
+    given = os.environ.get("AUTOPAR_TUNED", "").strip()
+    return Path(given).expanduser() if given else None
 
 
 def dump(name: str, text: Callable[[], str]) -> None:

@@ -3,9 +3,9 @@
 `DIRECT` maps each op to the plain function that computes it, for callers that need no dispatcher.
 """
 
-from . import attention, bags, dropout, embedding, grouped, indexing, loss, nll, random, recurrent, turns
+from . import attention, bags, dropout, embedding, fused, grouped, indexing, loss, nll, random, recurrent, turns
 
-_PARTS = (attention, bags, dropout, embedding, grouped, indexing, loss, nll, random, recurrent, turns)
+_PARTS = (attention, bags, dropout, embedding, fused, grouped, indexing, loss, nll, random, recurrent, turns)
 DIRECT = {op: call for part in _PARTS for op, call in part.DIRECT.items()}
 
 __all__ = ["DIRECT"]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import UnknownOpError
-from . import compute, indexing, library, linalg, shapes, spatial
+from . import compute, fused, indexing, library, linalg, shapes, spatial
 from .algebra import Rule, bind
 from .call import Call, call_of, signature
 from .learnt import learnt
@@ -145,6 +145,7 @@ TABLE: dict[str, str] = {
     "autopar.sum_exp.default": "n c, n -> n",
     "autopar.pick.default": "*n c, n -> n | start=start:c",
     "autopar.cross_entropy_backward.default": "*n, n c, n, n -> n c | start=start:c",
+    **fused.ROWS,
     **{
         f"aten.{op if '.' in op else op + '.default'}": row
         for groups in (library.GROUPS, _GROUPS)
@@ -153,7 +154,7 @@ TABLE: dict[str, str] = {
     },
 }
 
-_MODULES = (compute, shapes, indexing, linalg, spatial)
+_MODULES = (compute, fused, shapes, indexing, linalg, spatial)
 _FUNCTIONS = {name: getattr(module, name) for module in _MODULES for name in dir(module) if callable(getattr(module, name))}
 
 

@@ -1,0 +1,69 @@
+"""Rules of the fused ops (kernels/fused)."""
+
+from __future__ import annotations
+
+import torch
+
+from .algebra import Rule
+from .call import Call
+from .sketch import Dim, Sketch
+
+ROWS = {
+    **dict.fromkeys((f"autopar.{name}.default" for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")), "fused_norm"),
+    "autopar.rms_norm_backward.default": "fused_norm_backward",
+    "autopar.layer_norm_backward.default": "fused_norm_backward",
+    "autopar.gated.default": "..., *... -> ...",
+    "autopar.gated_backward.default": "*..., ..., ... -> ..., ...",
+    "autopar.rope.default": "rotary",
+    "autopar.cross_entropy.default": "n c!, n -> n, n",
+    "autopar.vocab_stats.default": "n c!, n -> 1 t! n",
+    "autopar.vocab_combine.default": "k! t! n -> n, n",
+}
+
+
+def _rows(sketch: Sketch, x: torch.Tensor) -> tuple[list[Dim], list[Dim], Dim]:
+    """(dims of x, of a number per row, of its last dim, which is never split)."""
+    lead, last = sketch.dims(x.shape[:-1]), sketch.letter(x.shape[-1], fixed=True)
+    return [*lead, last], lead, last
+
+
+def fused_norm(call: Call) -> Rule:
+    """Rows are independent; statistics are one number a row. The sum of x and residual is an output like y."""
+    sketch = Sketch(call)
+    rows, lead, last = _rows(sketch, call["x"])
+    inputs = [rows if t.dim() == call["x"].dim() and (t.dim() > 1 or name in ("x", "residual")) else [last] for name, t in _given(call)]
+    whole = 2 if "residual" in {name for name, _ in _given(call)} else 1
+    return sketch.rule(inputs, [rows] * whole + [lead] * (len(call.results) - whole))
+
+
+def fused_norm_backward(call: Call) -> Rule:
+    """Weights' gradients are summed over rows. Linear in grad, unless a second gradient is added."""
+    sketch = Sketch(call)
+    rows, lead, last = _rows(sketch, call["x"])
+    kinds: dict[str, list[Dim]] = {
+        "grad": rows, "grad_sum": rows, "x": rows, "weight": [last], "bias": [last], "mean": lead, "rstd": lead,
+    }  # fmt: skip
+    names = [name for name, _ in _given(call)]
+    alone = "grad_sum" not in names
+    none = [("z",)]
+    outputs: list[list[Dim]] = [rows]
+    for result in call.results[1:]:
+        if result == (0,):
+            sketch.sizes["z"] = 0
+            sketch.fixed.add("z")
+        outputs.append(none if result == (0,) else [last])
+    return sketch.rule([kinds[name] for name in names], outputs, ["*" if alone and name == "grad" else "_" for name in names])
+
+
+def rotary(call: Call) -> Rule:
+    """Batch, heads and positions split, with cos and sin along; a row does not. Linear in x."""
+    sketch = Sketch(call)
+    b, h, s = sketch.dims(call["x"].shape[:3], names="b h s")
+    d, r = sketch.letter(call["x"].shape[3], fixed=True, name="d"), sketch.letter(call["cos"].shape[-1], fixed=True, name="r")
+    angle = [b if call["cos"].shape[0] > 1 else (), s, r][-call["cos"].dim() :]
+    return sketch.rule([[b, h, s, d], angle, angle], [[b, h, s, d]], ["*", "_", "_"])
+
+
+def _given(call: Call) -> list[tuple[str, torch.Tensor]]:
+    """The call's tensors by name."""
+    return [(a.name, call[a.name]) for a in call.target._schema.arguments if isinstance(call[a.name], torch.Tensor)]

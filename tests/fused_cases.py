@@ -1,0 +1,44 @@
+"""Calls that prove the rules of the fused ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from case_kit import Case, F, I, K
+
+
+def fused() -> Iterator[Case]:
+    yield from _norms()
+    for m, n in ((4, 6), (5, 7)):
+        for kind in ("silu", "gelu", "gelu_tanh"):
+            yield "autopar.gated.default", (F(m, 3, n), F(m, 3, n), kind), {}
+            yield "autopar.gated_backward.default", (F(m, 3, n), F(m, 3, n), F(m, 3, n), kind), {}
+        for angles in ((n, 4), (1, n, 4), (m, n, 4), (m, n, 6)):
+            for back in (False, True):
+                yield "autopar.rope.default", (F(m, 6, n, 6), F(*angles), F(*angles), back), {}
+        yield "autopar.rope.default", (F(1, m, n, 6), F(1, n, 6), F(1, n, 6), False), {}
+        for smoothing in (0.0, 0.1):
+            yield "autopar.cross_entropy.default", (F(m, n), I(n, m), 2, smoothing), {}
+        yield "autopar.vocab_stats.default", (F(m, n), I(3 * n, m), n, 3 * n, 2), {}
+        yield "autopar.vocab_combine.default", (F(m, 3, n).exp(),), {}
+
+
+def _norms() -> Iterator[Case]:
+    for shape in ((4, 6, 8), (5, 7), (3, 4, 1)):
+        x, r, w, b, grad = F(*shape), F(*shape), F(shape[-1]), F(shape[-1]), F(*shape)
+        for weight, bias in ((w, b), (w, None), (None, None)):
+            _, rstd = K.rms_norm(x, weight, 1e-5, 1.0)
+            _, mean, scale = K.layer_norm(x, weight, bias, 1e-5)
+            if bias is None:
+                yield "autopar.rms_norm.default", (x, weight, 1e-5, 1.0), {}
+                yield "autopar.add_rms_norm.default", (x, r, weight, 1e-5, 0.0), {}
+            yield "autopar.layer_norm.default", (x, weight, bias, 1e-5), {}
+            yield "autopar.add_layer_norm.default", (x, r, weight, bias, 1e-5), {}
+            for more in (None, torch.randn_like(x)):
+                if bias is None:
+                    yield "autopar.rms_norm_backward.default", (grad, more, x, weight, rstd, 1.0), {}
+                yield "autopar.layer_norm_backward.default", (grad, more, x, weight, bias, mean, scale), {}
+    x = F(5)
+    yield "autopar.add_rms_norm.default", (x, F(5), F(5), 1e-5, 0.0), {}
+    yield "autopar.rms_norm_backward.default", (F(5), None, x, F(5), K.rms_norm(x, None, 1e-5, 0.0)[1], 0.0), {}
