@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .ir.errors import InputError
-from .runtime.norms import local_of, sums_over_meshes
+from .runtime.norms import local_of, sums_over_meshes, written
 
 __all__ = ["LAMB", "LARS"]
 
@@ -64,6 +64,7 @@ class LARS(Optimizer):
             v = local_of(state["momentum_buffer"])
             v.mul_(group["momentum"]).add_((g.to(w.dtype) + decay * w).mul_(ratio * group["lr"]))
             w.sub_(v)
+        written(p for p, _ in found)
         return loss
 
 
@@ -101,6 +102,7 @@ class LAMB(Optimizer):
                 of_w, of_u = sums[2 * i].sqrt(), sums[2 * i + 1].sqrt()
                 ratio = torch.where((of_w > 0) & (of_u > 0), of_w / of_u, 1.0).to(w.dtype)
             w.sub_(update.mul_(ratio * group["lr"]))
+        written(p for p, _ in found)
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from netmind_autopar import autoparallelize
+from netmind_autopar import ParallelModule, Plan, autoparallelize
+from netmind_autopar.optim import LAMB, LARS
+from netmind_autopar.runtime import norms
 from netmind_autopar.verification import relative_error
 
 
@@ -77,4 +80,101 @@ def accumulate(case: dict) -> dict[str, float]:
     return found
 
 
-CASES: dict[str, Callable[[dict], dict[str, Any]]] = {"accumulate": accumulate}
+class Odd(nn.Module):
+    """Sizes that no axis divides, a parameter of 0 dims and one that stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(7, 11), nn.LayerNorm(11), nn.Linear(11, 5)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        z = self.down(torch.tanh(self.norm(self.up(x)))) * self.scale
+        return {"loss": (z - y).square().mean()}
+
+
+def odd() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Odd().double(), {"x": torch.randn(6, 7, dtype=torch.float64), "y": torch.randn(6, 5, dtype=torch.float64)}
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw loop": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "lamb": lambda p: LAMB(p, lr=0.05),
+    "lars": lambda p: LARS(p, lr=1.0, trust=0.05),
+}
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 4),
+    "warm up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: (k + 1) / 4),
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.3),
+}
+
+
+_plans: dict[str, Plan] = {}
+
+
+def planned(case: dict, model: nn.Module, inputs: Any) -> ParallelModule:
+    """Cases with the same options share a plan."""
+    key = json.dumps([case["model"], case["mesh"], case["options"]])
+    options = {"plan": _plans[key]} if key in _plans else case["options"]
+    pm = autoparallelize(model, inputs, mesh_of(case), **options)
+    _plans[key] = pm.plan
+    return pm
+
+
+def clipped(how: str, module: nn.Module) -> Tensor:
+    kind, _, norm = how.partition(" ")
+    if kind == "own" and hasattr(module, "clip_grad_norm_"):
+        return module.clip_grad_norm_(0.2, float(norm))  # type: ignore[operator]
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), 0.2, float(norm), foreach=True if kind == "foreach" else None)
+
+
+def groups(module: nn.Module) -> list[dict[str, Any]]:
+    flat = [p for p in module.parameters() if p.dim() < 2]
+    return [{"params": [p for p in module.parameters() if p.dim() >= 2]}, {"params": flat, "weight_decay": 0.0, "lr": 0.02}]
+
+
+def loop(case: dict) -> dict[str, Any]:
+    """Four steps with an optimizer, clipping and a schedule against one device: parameters, norms, and EMA of the parameters."""
+    model, inputs = odd() if case["model"] == "odd" else getattr(models, case["model"])()
+    original = copy.deepcopy(model)
+    pm = planned(case, model, inputs)
+    sides = []
+    for module in (pm, original):
+        optimizer = OPTIMIZERS[case["optimizer"]](groups(module))
+        sides.append((module, optimizer, SCHEDULERS[case["scheduler"]](optimizer)))
+    found = {"norm": 0.0, "parameter": 0.0}
+    for _ in range(4):
+        both = []
+        for module, optimizer, scheduler in sides:
+            optimizer.zero_grad()
+            loss_of(call(module, inputs)).backward()
+            if case["clip"]:
+                both.append(float(full(clipped(case["clip"], module))))
+            optimizer.step()
+            scheduler.step()
+        if both:
+            found["norm"] = max(found["norm"], abs(both[0] - both[1]) / both[1])
+    for name, p in original.named_parameters():
+        found["parameter"] = max(found["parameter"], relative_error(p.detach(), full(pm.get_parameter(name).detach())))
+    return found
+
+
+def with_bug(case: dict) -> dict[str, Any]:
+    """A case with something planted into the norms."""
+    kept = norms.reduced, norms.counts_here
+    if case["bug"] == "local":
+        norms.reduced = lambda x, mesh, op: x  # type: ignore[assignment]
+    else:
+        norms.counts_here = lambda like: True  # type: ignore[assignment]
+    try:
+        return loop(case)
+    finally:
+        norms.reduced, norms.counts_here = kept
+
+
+CASES: dict[str, Callable[[dict], dict[str, Any]]] = {"accumulate": accumulate, "loop": lambda case: (with_bug if "bug" in case else loop)(case)}

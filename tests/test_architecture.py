@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     ("ir",),
     ("rules", "kernels", "runtime"),
-    ("tracer", "costs", "checkpoint"),
+    ("tracer", "costs", "checkpoint", "optim"),
     ("solver",),
     ("passes",),
     ("arguments",),

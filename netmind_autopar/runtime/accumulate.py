@@ -12,7 +12,7 @@ Sums are float32 where gradients are smaller floats, and take the gradient's dty
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -207,6 +207,20 @@ class Waiting:
         if not self.marks:
             self.held.clear()
 
+    def check(self, parameters: Iterable[Tensor]) -> None:
+        """Raises AutoparError when a part of one of these parameters' gradients waits."""
+        if not self.marks:
+            return
+        self.look()
+        marked = {id(mark.parameter): name for name, mark in self.marks.items()}
+        name = next((marked[id(p)] for p in parameters if id(p) in marked), None)
+        if name is not None:
+            raise AutoparError(
+                f"the gradient of {name!r} still waits for its reduction over devices",
+                why="the last call of the module before was inside of no_sync()",
+                try_="run the last micro-step outside of no_sync(), or call pm.reduce_gradients()",
+            )
+
     def unmark(self) -> None:
         """Nothing waits any more: gradients that were only marks are gone."""
         for mark in self.marks.values():
@@ -274,14 +288,4 @@ def _nothing(p: Tensor) -> Tensor:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """No optimizer steps on gradients of which a part waits."""
     for waiting in list(_waiting):
-        if not waiting.marks:
-            continue
-        waiting.look()
-        marked = {id(mark.parameter): name for name, mark in waiting.marks.items()}
-        names = [marked[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in marked]
-        if names:
-            raise AutoparError(
-                f"the gradient of {names[0]!r} still waits for its reduction over devices",
-                why="the last call of the module before optimizer.step() was inside of no_sync()",
-                try_="run the last micro-step outside of no_sync(), or call pm.reduce_gradients() before the step",
-            )
+        waiting.check(p for group in optimizer.param_groups for p in group["params"])

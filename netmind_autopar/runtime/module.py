@@ -17,7 +17,7 @@ from ..ir.errors import InputError, ShapeError
 from ..ir.plan import Plan
 from ..ir.program import Input
 from ..ir.spec import Spec, local_shape, shard
-from . import infer
+from . import infer, norms
 from .accumulate import Waiting
 from .collectives import ProcessWire
 from .dtensors import as_dtensor, torch_placements
@@ -104,6 +104,11 @@ class ParallelModule(nn.Module):
     def reduce_gradients(self) -> None:
         """Reduce now what calls inside `no_sync` kept back, without another call. On all ranks alike."""
         self._waiting.reduce(self)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_ of all parameters, which does as well, with one collective for all of them."""
+        self._waiting.check(self.parameters())
+        return norms.clip_grad_norm(self.parameters(), max_norm, norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of any module; what waits for its reduction is thrown away too."""

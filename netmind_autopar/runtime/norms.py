@@ -26,7 +26,7 @@ def sums_over_meshes(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Σ x² over the whole of each x, 0-dim, float32 or float64. pairs: (a tensor that says how x lies, x or its local piece)."""
     out = [_square(local_of(x)) for _, x in pairs]
     for mesh, members in _by_mesh([like for like, _ in pairs]).items():
-        parts = torch.stack([out[i] if counts_here(pairs[i][0]) else torch.zeros_like(out[i]) for i in members])
+        parts = torch.stack([out[i].double() if counts_here(pairs[i][0]) else torch.zeros_like(out[i], dtype=torch.float64) for i in members])
         for i, total in zip(members, reduced(parts, mesh, SUM).unbind(), strict=True):
             out[i] = total.to(out[i].dtype)
     return out
@@ -100,4 +100,10 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: flo
         by_dtype.setdefault(g.dtype, []).append(local_of(g))
     for dtype, locals_ in by_dtype.items():
         torch._foreach_mul_(locals_, scale.to(dtype))
+    written(gradients)
     return norm
+
+
+def written(tensors: Iterable[Tensor]) -> None:
+    """Note that the local pieces of these DTensors were written into: who checks versions sees it."""
+    torch.autograd.graph.increment_version([t for t in tensors if isinstance(t, DTensor)])
