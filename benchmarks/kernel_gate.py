@@ -3,7 +3,8 @@
 What is compiled is what would be launched: the launch functions run on meta tensors, and the launches they ask for are recorded. Triton's
 own ptxas and cuobjdump say the rest. A line per kernel, call, dtype and configuration:
 
-    registers, spills (bytes of local memory, or instructions that use it), shared (bytes), loads, stores ({bits: instructions} of rows of elements in global memory),
+    registers, spills (bytes of local memory, or instructions that use it), shared (bytes),
+    loads, stores ({bits: instructions} of rows of elements in global memory),
     single (instructions for what is one number a row, or written once by a program: statistics, labels, weights, partial sums), wgmma, dot
 
 The line that an access comes from says which of the two it is.
