@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from .rules.learnt import share
 from .runtime.agree import all_alike, from_rank_zero, together
 from .runtime.executable import Executable, Variant
 from .runtime.module import ParallelModule
+from .sight import planner
 from .solver.baselines import solve_baseline
 from .solver.batches import solve_batches
 from .solver.conversions import end_rules
@@ -119,39 +121,58 @@ def autoparallelize(
     gap: float = 1e-4,
     offload: bool = False,
     strict: bool = False,
+    strict_shapes: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+    init: Callable[[nn.Module], object] | None = None,
 ) -> ParallelModule:
     """The same model running on every device of `device_mesh`; call it on every rank. Options as in `plan`.
 
-    plan: run this plan instead of searching one. outputs="global" gathers every output at once.
+    plan: run this plan instead of searching one. outputs="global" gathers every output at once. strict_shapes: refuse calls of another
+    shape or mode, which are planned when they are first seen otherwise (docs/training.md).
+    weights: a folder or file of safetensors, of which every rank reads its own slices. init: called with every module of a model on the
+    meta device; without either such a model is initialised by its own `_init_weights` or `reset_parameters` (docs/checkpoints.md).
     Rank 0 plans and all ranks check that they captured the same graph. The model is not touched.
     Raises what `plan` raises, MeshError when mesh and processes do not fit, PlanError when the plan belongs to another model or mesh.
     """
     torch_mesh = running_mesh(device_mesh)
     if plan is not None:
         check_plan_mesh(plan, torch_mesh)
-    program: Program = together(lambda: _capture(model, sample_inputs, outputs, differentiable, mode))  # type: ignore[assignment]
-    all_alike(
-        "the captured graph",
-        graph_hash(program),
-        why="every rank must build the same model and sample inputs",
-        try_="seed and configure all ranks alike",
-    )
-    options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
-    options |= {"baseline": baseline, "micro_batches": micro_batches, "offload": offload, "strict": strict}
+    options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "inputs": inputs, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap}
+    first: dict[str, Any] = {"pins": pins, "forbid": forbid, "baseline": baseline, "micro_batches": micro_batches}
+    where = make_mesh(torch_mesh, cluster or default_cluster())
 
-    def decide() -> str:
-        if plan is not None:
-            return plan.dumps()
-        made = plan_program(program, make_mesh(torch_mesh, cluster or default_cluster()), lambda _: None, **options)
-        _warn_of_replicated(made)
-        return made.dumps()
+    def look(model: nn.Module, sample_inputs: Any, mode: str) -> Program:
+        wanted = differentiable if mode == "training" else None
+        program: Program = together(lambda: _capture(model, sample_inputs, outputs, wanted, mode))  # type: ignore[assignment]
+        all_alike(
+            "the captured graph",
+            graph_hash(program),
+            why="every rank must build the same model and sample inputs",
+            try_="seed and configure all ranks alike",
+        )
+        return program
 
-    _share_rules(program)
-    found = Plan.loads(from_rank_zero(decide))
-    all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
-    executable = together(lambda: compile_plan(program, found, training=model.training))
-    return ParallelModule(executable, model, found, torch_mesh, gather_outputs=outputs == "global")  # type: ignore[arg-type]
+    def decide(program: Program, **more: Any) -> Plan:
+        def made() -> str:
+            found = plan_program(program, where, lambda _: None, **options, **more)
+            _warn_of_replicated(found)
+            return found.dumps()
+
+        _share_rules(program)
+        return Plan.loads(from_rank_zero(made if plan is None or "baseline" not in more else plan.dumps))
+
+    def compile_(program: Program, found: Plan, training: bool) -> Executable:
+        all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
+        return together(lambda: compile_plan(program, found, training=training))  # type: ignore[return-value]
+
+    program = look(model, sample_inputs, mode)
+    found = decide(program, **first)
+    executable = compile_(program, found, model.training)
+    later = None if strict_shapes else planner(model, look, lambda program, pins: decide(program, pins=pins), compile_)
+    return ParallelModule(
+        executable, model, found, torch_mesh, gather_outputs=outputs == "global", weights=weights, init=init, planner=later
+    )
 
 
 def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:

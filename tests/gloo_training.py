@@ -11,11 +11,12 @@ import models
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from netmind_autopar import ParallelModule, Plan, autoparallelize
 from netmind_autopar.optim import LAMB, LARS
 from netmind_autopar.runtime import norms
+from netmind_autopar.runtime.dtensors import torch_placements
 from netmind_autopar.verification import relative_error
 
 
@@ -177,4 +178,43 @@ def with_bug(case: dict) -> dict[str, Any]:
         norms.reduced, norms.counts_here = kept
 
 
-CASES: dict[str, Callable[[dict], dict[str, Any]]] = {"accumulate": accumulate, "loop": lambda case: (with_bug if "bug" in case else loop)(case)}
+def as_rank_has_it(pm: ParallelModule, inputs: dict[str, Tensor], first: dict[str, Tensor]) -> dict[str, Any]:
+    """A batch as a rank gives it: whole, or with inputs="local" its pieces, as DTensors for every batch but the first's shape."""
+    if pm.plan.inputs == "global":
+        return inputs
+    specs = dict(zip((i.name for i in pm._graph.roles.users), pm._graph.roles.user_specs, strict=True))
+    out = {}
+    for name, value in inputs.items():
+        dealt = distribute_tensor(value, pm._mesh, torch_placements(specs[name]))
+        out[name] = dealt.to_local() if value.shape == first[name].shape else dealt
+    return out
+
+
+def shapes(case: dict) -> dict[str, Any]:
+    """Steps over batches of three shapes, an evaluation after each; losses and parameters against one device."""
+    model, inputs = getattr(models, case["model"])()
+    original = copy.deepcopy(model)
+    pm = planned(case, model, inputs)
+    sides = [(m, torch.optim.SGD(m.parameters(), lr=0.1)) for m in (pm, original)]
+    found = {"loss": 0.0, "parameter": 0.0}
+    for batch, seq in ((4, 8), (3, 8), (4, 6), (4, 8), (3, 8)):
+        given = {k: v[:batch, :seq].contiguous() for k, v in inputs.items()}
+        for train in (True, False):
+            both = []
+            for module, optimizer in sides:
+                module.train(train)
+                optimizer.zero_grad()
+                with torch.set_grad_enabled(train):
+                    loss = loss_of(call(module, as_rank_has_it(pm, given, inputs) if module is pm else given))
+                if train:
+                    loss.backward()
+                    optimizer.step()
+                both.append(float(loss))
+            found["loss"] = max(found["loss"], abs(both[0] - both[1]) / abs(both[1]))
+    for name, p in original.named_parameters():
+        found["parameter"] = max(found["parameter"], relative_error(p.detach(), full(pm.get_parameter(name).detach())))
+    assert len(pm.plans) == 6, [p.mode for p in pm.plans]
+    return found
+
+
+CASES: dict[str, Callable[[dict], dict[str, Any]]] = {"accumulate": accumulate, "loop": loop, "bug": with_bug, "shapes": shapes}

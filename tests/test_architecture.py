@@ -22,7 +22,7 @@ LAYERS = (
     ("tracer", "costs", "checkpoint", "optim"),
     ("solver",),
     ("passes",),
-    ("arguments",),
+    ("arguments", "sight"),
     ("api",),
     ("verification", "calibrate"),
     ("__init__",),

@@ -29,7 +29,9 @@ def matrix(world: int = 2) -> list[dict]:
     out = []
     for i, (optimizer, scheduler) in enumerate(rows):
         plan = PLANS[2 if i % 7 == 3 else i % 2]
-        out.append({"training": "loop", "mesh": (world,), "optimizer": optimizer, "scheduler": scheduler, "clip": CLIPS[i % len(CLIPS)], **plan})
+        out.append(
+            {"training": "loop", "mesh": (world,), "optimizer": optimizer, "scheduler": scheduler, "clip": CLIPS[i % len(CLIPS)], **plan}
+        )
     return out
 
 
@@ -48,7 +50,8 @@ def by_hand(kind: str, weights: list[Tensor], steps: list[list[Tensor]]) -> list
         for t, gradients in enumerate(steps, 1):
             g = gradients[k]
             if kind == "lars":
-                trust = 0.01 * float(w.norm()) / (float(g.norm()) + 0.1 * float(w.norm()) + 1e-9) if w.dim() > 1 and float(w.norm()) else 1.0
+                decayed = w.dim() > 1 and float(w.norm()) > 0
+                trust = 0.01 * float(w.norm()) / (float(g.norm()) + 0.1 * float(w.norm()) + 1e-9) if decayed else 1.0
                 m = 0.9 * m + 0.5 * trust * (g + (0.1 if w.dim() > 1 else 0.0) * w)
                 w = w - m
             else:
@@ -89,8 +92,14 @@ def test_absurd_options_are_refused(make: Any, wrong: dict[str, float]) -> None:
 def test_a_norm_of_pieces_is_seen(tmp_path: Path) -> None:
     """Bugs that are planted in the norms, and that the matrix above must catch."""
     work = [
-        {**matrix()[0], "optimizer": optimizer, "clip": clip, "bug": bug}
-        for optimizer, clip, bug in (("lamb", "", "local"), ("lars", "", "local"), ("sgd", "own 2", "counted twice"), ("sgd", "own 2", "local"), ("sgd", "own inf", "local"))
+        {**matrix()[0], "training": "bug", "optimizer": optimizer, "clip": clip, "bug": bug}
+        for optimizer, clip, bug in (
+            ("lamb", "", "local"),
+            ("lars", "", "local"),
+            ("sgd", "own 2", "counted twice"),
+            ("sgd", "own 2", "local"),
+            ("sgd", "own inf", "local"),
+        )
     ]
     for case, result in zip(work, launch(2, work, tmp_path), strict=True):
         assert "error" not in result, result["error"]

@@ -5,8 +5,8 @@ The file defines `build(place)`. It binds what differs from rank to rank (collec
 so that memory is freed when the plan says so. A collective that travels while other ops run is two lines: `a = gather_0.start(x)`
 and `y = a.wait()`.
 
-Of a program in micro-batches, or whose gradients wait, `backward(saved, total, *tangents)` gives each gradient away as it is made, `total(i, gradient)`, and
-`finish(*totals) -> gradients` does what comes after the last micro-batch.
+Of a program in micro-batches, or whose gradients wait, `backward(saved, total, *tangents)` gives each gradient away as it is made,
+`total(i, gradient)`, and `finish(*totals) -> gradients` does what comes after the last one.
 """
 
 from __future__ import annotations

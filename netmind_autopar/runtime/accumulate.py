@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ..ir.errors import AutoparError
-from .dtensors import as_dtensor, owned, torch_placements
+from .dtensors import as_dtensor, owned
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -165,9 +165,7 @@ class Waiting:
         params = [_is_param(graph, slot) for slot in graph.roles.grad_slots]
         return results, [None if p else bool(behind & arrived) for p, behind in zip(params, graph.roles.reached, strict=True)]
 
-    def close(
-        self, graph: Graph, saved: Any, tangents: Sequence[Tensor], arrived: set[int]
-    ) -> tuple[Sequence[Tensor], list[bool | None]]:
+    def close(self, graph: Graph, saved: Any, tangents: Sequence[Tensor], arrived: set[int]) -> tuple[Sequence[Tensor], list[bool | None]]:
         """Run the closing backward, in which all gradients meet what waits of them. Returns what `step` wants."""
         self.look()
         held = self.held.pop(graph, None)
@@ -240,14 +238,10 @@ class Waiting:
         self.look()
         self.unmark()
         for graph, held in list(self.held.items()):
-            wanted = held.names()
-            specs = [s for item, s in zip(graph.roles.leading, graph.roles.leading_specs, strict=True) if item.role == "param"]
-            by_name = dict(zip((i.name for i in graph.roles.leading if i.role == "param"), specs, strict=True))
-            results = held.finished()
-            for name, local in zip(held.owners, owned(results, []), strict=True):
+            wanted, slots = held.names(), [s for s in graph.roles.grad_slots if _is_param(graph, s)]
+            for slot, name, local in zip(slots, held.owners, owned(held.finished(), []), strict=True):
                 if name in wanted:
-                    spec, p = by_name[name], pm.get_parameter(name)
-                    grad = as_dtensor(local, graph.mesh, torch_placements(spec), spec.shape)
+                    p, grad = pm.get_parameter(name), graph.gradient(slot, local)
                     p.grad = grad if p.grad is None else p.grad + grad
         self.held.clear()
 

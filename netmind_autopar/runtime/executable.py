@@ -77,7 +77,7 @@ class Roles:
         self.leaves = 1 + max((o.index for o in self.results if o.role == "output"), default=-1)
         order = {(i.name, i.index): k for k, i in enumerate(self.leading) if i.role in ("param", "input")}
         self.grad_slots = [order[o.name, o.index] for o, _ in ends if o.role == "grad"]
+        self.given = {o.index for o, _ in ends if o.role == "grad" and o.index >= 0}  # inputs that get a gradient
         changed = {o.name for o in self.results if o.role == "mutation"}
         self.reached = e.reached
         self.changed = [k for k, i in enumerate(self.leading) if i.role == "buffer" and i.name in changed]
-        self.differentiable = {o.index for o in self.results if o.role == "output"} & {i.index for i, _ in self.tangents}

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..ir.plan import Plan
+from .dtensors import as_dtensor, torch_placements
 from .executable import Executable, Roles
 from .place import Place, load
 from .turns import Turns
@@ -23,6 +25,9 @@ class Graph:
         self._bound: dict[str, Any] = {}
         self._shared: dict[str, list[list[int]]] = {}
         self.trains = executable.mode != "inference"
+        self.modes: set[bool] = {executable.training}  # of the module, for which this graph is the right one
+        self.trained: frozenset[str] = frozenset()  # parameters that wanted a gradient when it was captured
+        self.moved: dict[int, tuple[list[Any], list[Any]]] = {}  # leading inputs that lie otherwise: placements here, and their own
         self.bind("whole" if self.trains else "inference")
 
     def __deepcopy__(self, memo: Any) -> Graph:
@@ -43,6 +48,29 @@ class Graph:
             return load(source, self.place, "emitted" if kind == "whole" else kind)
         joins = [join for join, out in zip(e.joins, e.outputs, strict=True) if out.role != "grad"]
         return Turns(source, self.place, e.turns, joins, inference=kind == "inference")
+
+    def place_parameters(self, owner_of: Callable[[str], Tensor]) -> None:
+        """Note which parameters lie otherwise than this graph takes them."""
+        for k, (item, spec) in enumerate(zip(self.roles.leading, self.roles.leading_specs, strict=True)):
+            if item.role == "param":
+                here, own = torch_placements(spec), list(owner_of(item.name).placements)  # type: ignore[attr-defined]
+                if any(h != o and n > 1 for h, o, n in zip(here, own, self.place.sizes, strict=True)):
+                    self.moved[k] = (here, own)
+
+    def locals(self, owners: Sequence[Tensor]) -> list[Tensor]:
+        """The local tensors that the emitted functions take."""
+        found = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
+        for k, (here, _) in self.moved.items():
+            found[k] = owners[k].detach().redistribute(self.mesh, here)._local_tensor  # type: ignore[attr-defined]
+        return found
+
+    def gradient(self, slot: int, local: Tensor) -> Tensor:
+        """The gradient of a leading input, as its owner lies."""
+        item, spec = self.roles.leading[slot], self.roles.leading_specs[slot]
+        if item.role != "param":
+            return local
+        grad = as_dtensor(local, self.mesh, torch_placements(spec), spec.shape)
+        return grad.redistribute(self.mesh, self.moved[slot][1]) if slot in self.moved else grad
 
     def infer(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Results of forward alone, of local tensors."""

@@ -30,7 +30,7 @@ def run(pm: ParallelModule, graph: Graph, given: Sequence[Any]) -> list[Any]:
     with torch.no_grad():
         tensors = pm._user_inputs(graph, given)
         owners = [pm._tensor_of(item, tensors) for item in roles.leading]
-        locals_ = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
+        locals_ = graph.locals(owners)
         values = graph.infer(locals_)
         graph.keep_from_changing("inference", [locals_[k] for k in roles.changed], values, [])
         leaves: list[Any] = [None] * roles.leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,16 +14,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 
-from ..ir.errors import InputError, ShapeError
+from ..ir.errors import ShapeError
 from ..ir.plan import Plan
 from ..ir.program import Input
-from ..ir.spec import Spec, local_shape, shard
+from ..ir.spec import local_shape
 from . import infer, norms
 from .accumulate import Waiting
+from .agree import together
 from .collectives import ProcessWire
 from .dtensors import as_dtensor, torch_placements
 from .executable import Executable
+from .export import configuration, save_pretrained
 from .graph import Graph
+from .graphs import Graphs, Planner
+from .materialise import Bare, Cut, Init, materialise
 from .parked import park
 from .place import Place
 from .step import Step
@@ -35,7 +40,16 @@ class ParallelModule(nn.Module):
     """
 
     def __init__(
-        self, executable: Executable, model: nn.Module, plan: Plan, device_mesh: DeviceMesh, *, gather_outputs: bool = False
+        self,
+        executable: Executable,
+        model: nn.Module,
+        plan: Plan,
+        device_mesh: DeviceMesh,
+        *,
+        gather_outputs: bool = False,
+        planner: Planner | None = None,
+        weights: Any = None,
+        init: Init | None = None,
     ) -> None:
         super().__init__()
         self._executable, self._plan, self._mesh, self._gather = executable, plan, device_mesh, gather_outputs
@@ -44,31 +58,50 @@ class ParallelModule(nn.Module):
         device = _device(device_mesh)
         self._wire = ProcessWire(groups, sizes, coord)
         self._place = Place(plan.axis_names, sizes, coord, device, self._wire, executable.constants)
-        self._graph = Graph(executable, plan, device_mesh, self._place)
         self._waiting = Waiting()
-        self._adopt(model, sizes, coord, device)
+        self._adopt(model, sizes, coord, device, weights, init)
+        self._config = configuration(model)
+        self._graph = self._bind(executable, plan)
         park({self.get_parameter(name): tier for name, tier in executable.parked.items()})
         self.train(executable.training)
+        self._graphs = Graphs(self, self._graph, planner)
+
+    def _bind(self, executable: Executable, plan: Plan) -> Graph:
+        """Another graph, or the first, on this device."""
+        place = Place(plan.axis_names, self._place.sizes, self._place.coord, self._place.device, self._wire, executable.constants)
+        graph = Graph(executable, plan, self._mesh, place)
+        graph.place_parameters(self.get_parameter)
+        return graph
 
     @property
     def plan(self) -> Plan:
-        """The plan that runs."""
+        """The plan that the module was made for."""
         return self._plan
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """All plans so far, the one that ran last first: other shapes, and eval mode, are planned when they are first seen."""
+        return tuple(graph.plan for graph in self._graphs.all)
 
     @property
     def sent_bytes(self) -> dict[str, int]:
         """Bytes this device has sent so far, by "collective over axis"."""
         return {f"{wire} over {self._plan.axis_names[axis]}": n for (wire, axis), n in sorted(self._wire.sent.items())}
 
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 << 30) -> None:
+        """Write the weights as Hugging Face does: safetensors, tied ones once, and the model's configuration. On all ranks alike.
+
+        Tensors are gathered one at a time, and rank 0 writes them. Raises CheckpointError on every rank when it cannot.
+        """
+        save_pretrained(self, folder, self._config, max_shard_bytes)
+
     def code(self) -> str:
         """The emitted Python source, the same on every rank."""
         return self._executable.source
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's forward. Raises ShapeError for inputs unlike those planned for."""
-        self._check_mode()
-        graph = self._graph
-        given = graph.executable.signature.pack(args, kwargs)
+        """As the original's forward. A call unlike those so far is planned first; with strict_shapes it raises ShapeError."""
+        graph, given = self._graphs.find(self, args, kwargs)
         if not graph.trains:
             return self._unpacked(graph, infer.run(self, graph, given))
         tensors = self._user_inputs(graph, given)
@@ -115,17 +148,6 @@ class ParallelModule(nn.Module):
         self._waiting.clear()
         super().zero_grad(set_to_none)
 
-    def _check_mode(self) -> None:
-        e = self._executable
-        depends = any(i.role == "seed" for i in e.inputs) or any(o.role == "mutation" for o in e.outputs) or e.mode == "inference"
-        if depends and self.training != self._executable.training:
-            had, now = ("train", "eval") if self._executable.training else ("eval", "train")
-            raise InputError(
-                f"the module was captured in {had} mode and is called in {now} mode",
-                why="dropout and batch norm compute something else there, so it needs a graph of its own",
-                try_=f"call autoparallelize again after model.{now}() and load this module's state_dict into it",
-            )
-
     def _user_inputs(self, graph: Graph, given: Sequence[Tensor]) -> list[Tensor]:
         out: list[Tensor] = []
         for item, spec, value in zip(graph.roles.users, graph.roles.user_specs, given, strict=True):
@@ -136,7 +158,7 @@ class ParallelModule(nn.Module):
                 raise ShapeError(
                     f"the input {item.name!r} is {_show(value.shape, value.dtype)}, the plan was made for {_show(want, spec.dtype)}",
                     why="a plan fixes every shape",
-                    try_="pad the batch to the planned shape, or call autoparallelize with sample inputs of this shape",
+                    try_="pad the batch to the planned shape, or strict_shapes=False, which plans another graph for it",
                 )
             out.append(value.to(self._place.device))
         return out
@@ -157,45 +179,37 @@ class ParallelModule(nn.Module):
             dist.broadcast(seed, src=0)
         return seed
 
-    def _adopt(self, model: nn.Module, sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device) -> None:
-        """Take over the model's parameters (local pieces) and buffers (whole) under their names; rank 0's values count."""
+    def _adopt(
+        self, model: nn.Module, sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device, weights: Any, init: Init | None
+    ) -> None:
+        """Take over the model's parameters (local pieces) and buffers (whole) under their names: rank 0's values, or new ones."""
         parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers(remove_duplicate=False))
         specs = {i.name: s for i, s in zip(self._executable.inputs, self._executable.input_specs, strict=True) if i.role == "param"}
+        laid = {id(p): s for n, p in parameters.items() if (s := specs.get(n) or specs.get(self._executable.tied.get(n, n)))}
         hidden = {f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set}
-        adopted: dict[str, nn.Parameter] = {}
-        seen: dict[int, str] = {}
+        cut, bare = Cut(laid, sizes, coord), Bare.of(model)
+        made: Any = together(lambda: materialise(model, cut, bare, weights=weights, init=init))
+        adopted: dict[int, nn.Parameter] = {}  # one tensor that has two names stays one
         for name, parameter in parameters.items():
-            first = seen.setdefault(id(parameter), name)
-            if first not in adopted:
-                spec = specs.get(name) or specs.get(self._executable.tied.get(name, name))
-                adopted[first] = self._distribute(name, parameter, spec, sizes, coord, device)
-            _attach(self, name, adopted[first], persistent=True)
+            key = id(parameter)
+            if key not in adopted:
+                local = made.pop(key).to(device) if key in made else cut.of(parameter, _broadcast(parameter, device))
+                placements = torch_placements(laid[key]) if key in laid else [TorchReplicate()] * len(sizes)  # one that is never used
+                dtensor = as_dtensor(local, self._mesh, placements, parameter.shape)
+                adopted[key] = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
+            _attach(self, name, adopted[key], persistent=True)
         kept: dict[int, Tensor] = {}
-        for name, buffer in buffers.items():  # one tensor that has two names stays one
-            if id(buffer) not in kept:
-                kept[id(buffer)] = _broadcast(name, buffer, device)
-            _attach(self, name, kept[id(buffer)], persistent=name not in hidden)
-
-    def _distribute(
-        self, name: str, parameter: Tensor, spec: Spec | None, sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device
-    ) -> nn.Parameter:
-        full = _broadcast(name, parameter, device)
-        if spec is None:  # a parameter that the computation never uses
-            local, placements = full, [TorchReplicate()] * len(sizes)
-        else:
-            local, placements = shard(full, spec, sizes, coord).clone(), torch_placements(spec)
-        return nn.Parameter(as_dtensor(local, self._mesh, placements, full.shape), requires_grad=parameter.requires_grad)
+        for name, buffer in buffers.items():
+            key = id(buffer)
+            if key not in kept:
+                kept[key] = made.pop(key).to(device) if key in made else _broadcast(buffer, device)
+            _attach(self, name, kept[key], persistent=name not in hidden)
 
 
-def _broadcast(name: str, tensor: Tensor, device: torch.device) -> Tensor:
-    """Rank 0's values of a parameter or buffer, as a fresh tensor on `device`."""
-    if tensor.is_meta:
-        raise InputError(
-            f"{name!r} lies on the meta device and has no values",
-            why="running a plan needs weights; planning does not",
-            try_="build the model on the CPU, or load its weights first",
-        )
-    full = tensor.detach().to(device, copy=True).contiguous()
+def _broadcast(tensor: Tensor, device: torch.device) -> Tensor:
+    """Rank 0's values of a parameter or buffer, as a fresh tensor on `device`; other ranks need not have any."""
+    bare = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor
+    full = bare.detach().to(device, copy=True).contiguous()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(full.view(torch.uint8) if full.dtype == torch.bool else full, src=0)
     return full

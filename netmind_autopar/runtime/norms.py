@@ -26,7 +26,8 @@ def sums_over_meshes(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Σ x² over the whole of each x, 0-dim, float32 or float64. pairs: (a tensor that says how x lies, x or its local piece)."""
     out = [_square(local_of(x)) for _, x in pairs]
     for mesh, members in _by_mesh([like for like, _ in pairs]).items():
-        parts = torch.stack([out[i].double() if counts_here(pairs[i][0]) else torch.zeros_like(out[i], dtype=torch.float64) for i in members])
+        here = [out[i].double() if counts_here(pairs[i][0]) else out[i].new_zeros((), dtype=torch.float64) for i in members]
+        parts = torch.stack(here)
         for i, total in zip(members, reduced(parts, mesh, SUM).unbind(), strict=True):
             out[i] = total.to(out[i].dtype)
     return out

@@ -25,7 +25,7 @@ class Step(torch.autograd.Function):
     def forward(ctx: Any, pm: ParallelModule, graph: Graph, *owners: Tensor) -> tuple[Tensor, ...]:
         roles, place = graph.roles, graph.place
         ctx.set_materialize_grads(False)
-        locals_ = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
+        locals_ = graph.locals(owners)
         ctx.pm, ctx.graph, ctx.held_back = pm, graph, pm._waiting.depth > 0  # where forward runs decides, as with DDP
         training = any(ctx.needs_input_grad)
         ctx.kind = kind = pm._waiting.kind(graph) if training else "inference"
@@ -79,9 +79,8 @@ class Step(torch.autograd.Function):
         out: list[Tensor | None] = [None] * len(roles.leading)
         complete = [(slot, r) for slot, r in zip(roles.grad_slots, reached, strict=True) if r is not None]
         for (slot, there), grad in zip(complete, owned(results, given), strict=True):
-            item, spec = roles.leading[slot], roles.leading_specs[slot]
             if there:
-                out[slot] = as_dtensor(grad, graph.mesh, torch_placements(spec), spec.shape) if item.role == "param" else grad
+                out[slot] = graph.gradient(slot, grad)
         return (None, None, *out)
 
 
