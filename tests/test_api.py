@@ -159,8 +159,17 @@ def test_refusals_of_models_and_inputs(mesh: DeviceMesh) -> None:
     assert "try" in str(e.value)
     with pytest.raises(InputError):
         plan(lambda x: x, torch.zeros(2), "dp=2")  # type: ignore[arg-type]
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.empty(3, device="meta"))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.w
+
     with pytest.raises(InputError, match="meta device"):
-        autoparallelize(nn.Linear(3, 3, device="meta"), torch.zeros(2, 3), mesh)
+        autoparallelize(nn.Sequential(Bare()), torch.zeros(2, 3), mesh)
 
 
 def test_refusals_of_meshes_and_options(tmp_path, mesh: DeviceMesh) -> None:

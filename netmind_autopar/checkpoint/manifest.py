@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -208,10 +209,12 @@ def damaged(path: Path, what: str) -> DamagedError:
 
 def _opened(path: Path) -> int:
     """A descriptor of an ordinary file: no link, no pipe that would never end."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(0, "it is no ordinary file")
+        raise OSError(errno.EINVAL, "it is no ordinary file")
     return fd
 
 

@@ -31,18 +31,21 @@ class Ranks:
 
     def __init__(self, timeout_s: float) -> None:
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)) if together else None
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
+        try:
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)) if together else None
+        except RuntimeError as e:
+            raise self._lost("reach the other processes", e) from None
 
     @property
     def alone(self) -> bool:
         return self.group is None
 
-    def all(self, doing: str, make: Callable[[], T]) -> list[T]:
+    def all(self, doing: str, make: Callable[[], T], *, named: bool = True) -> list[T]:
         """`make` on every rank and what it gave on each, in order. When it fails on any rank, every rank raises the first rank's error.
 
-        doing: "write the checkpoint", for errors.
+        doing: "write the checkpoint", for errors, which name the rank if `named`.
         """
         mine: Any
         try:
@@ -52,12 +55,12 @@ class Ranks:
         found = self._gathered(doing, mine)
         for rank, answer in enumerate(found):
             if answer[0] == "error":
-                raise _error(answer[1:], "" if self.alone else f"rank {rank}: ")
+                raise _error(answer[1:], f"rank {rank}: " if named and not self.alone else "")
         return [answer[1] for answer in found]
 
     def zero(self, doing: str, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, on every rank; its error likewise."""
-        return self.all(doing, lambda: make() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.all(doing, lambda: make() if self.rank == 0 else None, named=False)[0]  # type: ignore[return-value]
 
     def planned(self, doing: str, act: Callable[[], Any]) -> None:
         """A call of torch.distributed.checkpoint, with its errors as ours."""

@@ -66,10 +66,11 @@ def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
 class TensorFile:
     """A file that is read. Slices come from a memory map: only the pages that they lie on are read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, links: bool = False) -> None:
+        """links: whether the path may be a link."""
         self.path = path
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if links else getattr(os, "O_NOFOLLOW", 0)))
         except FileNotFoundError:
             raise _damaged(path, "it is missing") from None
         except OSError as e:
