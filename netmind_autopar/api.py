@@ -37,7 +37,7 @@ from .solver.conversions import end_rules
 from .solver.fold import classes
 from .solver.meshes import Devices, search_meshes
 from .solver.micro import in_turns
-from .solver.parking import parked
+from .solver.parking import parked, stowed
 from .solver.pins import Pin
 from .solver.recipes import Baseline
 from .tracer.capture import capture
@@ -188,16 +188,18 @@ def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
             return emit(lowered, plan, inference=True)
         return emit(lower(program, bind_program(program), plan, kind), plan, gradients=kind)
 
-    return Executable.of(lowered, source, variant, training=training, parked=parked_parameters(program, plan))
+    state, stays = parked_parameters(program, plan)
+    return Executable.of(lowered, source, variant, training=training, parked=state, stowed=stays)
 
 
-def parked_parameters(program: Program, plan: Plan) -> dict[str, str]:
-    """The names of parameters whose optimizer state waits between steps elsewhere, and where: "host" or "disk"."""
+def parked_parameters(program: Program, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
+    """The names of parameters whose optimizer state waits between steps elsewhere, and where: "host" or "disk". And of those that wait
+    there themselves."""
     if not plan.state:
-        return {}
+        return {}, {}
     names = classes(program, {**end_rules(program, plan.inputs), **bind_program(program)})
-    waiting = parked(program, plan.state, names)
-    return {item.name: waiting[item.node] for item in program.inputs if item.node in waiting}
+    found = [f(program, plan.state, names) for f in (parked, stowed)]
+    return tuple({item.name: f[item.node] for item in program.inputs if item.node in f} for f in found)  # type: ignore[return-value]
 
 
 def step_timeline(model: nn.Module, sample_inputs: Any, plan: Plan, *, cluster: str | None = None, **capturing: Any) -> Timeline:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from netmind_autopar.ir.plan import Memory, Plan
 from netmind_autopar.ir.program import Program, is_getitem, tensor_args
 from netmind_autopar.ir.spec import Spec, local_bytes, local_shape, parse_spec
 from netmind_autopar.runtime.collectives import BUCKETS, MOVES, STARTS, Stage, bucket_stage, stage, wait
-from netmind_autopar.runtime.offload import MARKS
+from netmind_autopar.runtime.offload import MARKS, settle
 
 
 class Storages(TorchDispatchMode):
@@ -106,6 +106,8 @@ class _Walk:
             return env[node.args[0]][node.args[1]]  # type: ignore[index]
         if node.target is wait:
             return env[node.args[0]].wait()  # type: ignore[index]
+        if node.target is settle:  # it lies elsewhere
+            return torch.empty(0, device="meta")
         if node.target in MOVES or node.target in BUCKETS:
             flight = (self.move if node.target in MOVES else self.bucket)(node, env)
             return flight if node.target in STARTS else flight.wait()
@@ -154,10 +156,10 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device="meta")
 
 
-def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = None) -> Memory:
+def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = None, stowed: Collection[str] = ()) -> Memory:
     """Bytes at the peak of a lowered program by category, on the device at `coord` (the first, and fullest, when None).
 
-    `sum(...)` of the fields is the peak. Independent of the solver: only the program, its specs and the optimizer's state count.
+    stowed: the placeholders of parameters that wait elsewhere. `sum(...)` of the fields is the peak. Independent of the solver: only the program, its specs and the optimizer's state count.
     """
     at = coord or (0,) * len(plan.sizes)
     walk, storages = _Walk(program, plan.sizes, at), Storages()
@@ -189,7 +191,7 @@ def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = N
         tangents = {nodes[i.node] for i in program.inputs if i.role == "tangent"}
         walk.run(phases[1], env, results | grads | tangents)
     made = _categories(storages, boundary, [env[n] for n in grads if n in env])
-    return _with_residents(program, plan, made)
+    return _with_residents(program, plan, made, stowed)
 
 
 def _categories(storages: Storages, boundary: int, grads: Sequence[Tensor]) -> dict[str, int]:
@@ -202,14 +204,14 @@ def _categories(storages: Storages, boundary: int, grads: Sequence[Tensor]) -> d
     return out
 
 
-def _with_residents(program: Program, plan: Plan, out: dict[str, int]) -> Memory:
+def _with_residents(program: Program, plan: Plan, out: dict[str, int], stowed: Collection[str]) -> Memory:
     """Add what always lives: parameters, buffers and constants, optimizer state, inputs."""
     states = optimizer_states(plan.optimizer)
     trained = {o.name for o in program.outputs if o.role == "grad"}
     for item in program.inputs:
         spec = program.specs[item.node]
         assert isinstance(spec, Spec)
-        size = local_bytes(spec, plan.sizes)
+        size = local_bytes(spec, plan.sizes) * (item.node not in stowed)
         if item.role == "param":
             out["parameters"] += size
             out["optimizer"] += states * size * (item.name in trained)

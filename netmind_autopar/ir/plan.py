@@ -14,6 +14,8 @@ What saves memory is said by name, with the members that it is for as a Python s
     offload     "disk:h.*.mlp.gelu[:4]"         values that wait for backward in host memory, or on disk; "name[1]" is a second output
     state       "optimizer:h.*.mlp.c_fc.weight[2:5]", "disk:optimizer:wte.weight"
                                                 parameters whose optimizer state waits between steps in host memory, or on disk
+                "param:h.*.mlp.c_fc.weight[:4]", "disk:param:wte.weight"
+                                                parameters that wait there themselves, with their gradient and optimizer state
 """
 
 from __future__ import annotations
@@ -50,14 +52,14 @@ Bytes = Annotated[int, Field(ge=0)]
 T = TypeVar("T")
 ALL = "*"
 STATE_BUCKET_BYTES = 1 << 27  # of optimizer state that waits elsewhere, what is on the device at a time; a larger one comes alone
-_ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?:(?P<what>optimizer):)?(?P<name>[^:]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_ENTRY = re.compile(r"(?:(?P<tier>disk):)?(?:(?P<what>optimizer|param):)?(?P<name>[^:]+?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
 @dataclass(frozen=True)
 class Entry:
     """One name of `recompute`, `regather`, `offload` or `state`: members start … stop-1 of it, kept on `tier` "host" or "disk".
 
-    what: "optimizer" in `state`, nothing elsewhere."""
+    what: "optimizer" or "param" in `state`, nothing elsewhere."""
 
     name: str
     start: int = 0
@@ -66,17 +68,18 @@ class Entry:
     what: str = ""
 
     @classmethod
-    def parse(cls, text: str, what: str = "") -> Entry:
+    def parse(cls, text: str, *what: str) -> Entry:
         """Raises PlanError when `text` is no entry, or is one for something else than `what`."""
         found = _ENTRY.fullmatch(text)
-        if not found or (found["what"] or "") != what:
+        if not found or (found["what"] or "") not in (what or ("",)):
+            heads = " or ".join(f'"{w}:"' for w in what)
             raise PlanError(
                 f"cannot read the entry {text!r}",
                 where="state" if what else "recompute, regather or offload",
-                try_=f'"{what}:" and a name as in choices' if what else 'a name as in choices, or "name[:12]"',
+                try_=f"{heads} and a name as in choices" if what else 'a name as in choices, or "name[:12]"',
             )
         stop = int(found["stop"]) if found["stop"] else None
-        return cls(found["name"], int(found["start"] or 0), stop, found["tier"] or "host", what)
+        return cls(found["name"], int(found["start"] or 0), stop, found["tier"] or "host", found["what"] or "")
 
     def __str__(self) -> str:
         part = f"[{self.start or ''}:{'' if self.stop is None else self.stop}]" if self.start or self.stop is not None else ""

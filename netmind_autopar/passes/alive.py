@@ -24,7 +24,7 @@ from ..costs.space import KINDS
 from ..ir.program import Program, is_getitem, source, tensor_args
 from ..ir.spec import Partial, Placement, Replicate, Spec, local_bytes, local_shape, parse_spec
 from ..runtime.collectives import BUCKETS, MOVES, Stage, stage
-from ..runtime.offload import offload, release, reload
+from ..runtime.offload import offload, release, reload, settle
 from .defer import FINISH
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def _count(work: Alive, program: Program, context: Lowering, node: fx.Node, k: i
             _take(work, (node, i), size, k)
         if node.target in MOVES and not room.left:  # a mask on the first device: the input itself
             work.owner[node, 0] = owner_of(work, args[0])
-    elif short_name(node) in FREE or node.target in (offload, release, reload):
-        base = owner_of(work, args[0]) if args and node.target is not release else None
+    elif short_name(node) in FREE or node.target in (offload, release, reload, settle):
+        base = owner_of(work, args[0]) if args and node.target not in (release, settle) else None
         outputs = len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else 1
         work.owner.update({(node, i): base for i in range(outputs)})
         if node.target is torch.ops.aten.reshape.default:  # it may have to copy: counted where it is moved, as the planner counts none

@@ -26,7 +26,7 @@ from ..ir.plan import Plan
 from ..ir.program import Program, is_getitem, source, tensor_args
 from ..runtime.accumulate import meet
 from ..runtime.collectives import BUCKETS, MOVES, STARTS, wait
-from ..runtime.offload import MARKS
+from ..runtime.offload import MARKS, fetch, offload, release
 from .defer import FINISH, waits
 from .pipeline import Gradients
 
@@ -65,7 +65,7 @@ def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gr
     writer = _Writer(plan.axis_names)
     forward, backward = split_phases(program)
     if inference:  # nothing waits for a backward
-        forward = [n for n in forward if n.target not in MARKS]
+        forward = [n for n in forward if n.target not in (offload, release)]
     waiting = gradients == "waiting"
     kept = [] if inference else saved_nodes(program, forward, backward, finished=waiting or program.micro is not None)
     results = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role != "grad"]
@@ -81,7 +81,7 @@ def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gr
         names += ", finish" + (f", {_waiting(program, late)}" if waiting else "")
     elif not inference:
         parts.append(_backward(kept, tangents, backward, grads, writer, program, "meet" if gradients == "closing" else ""))
-    tiers = "\nfrom netmind_autopar.runtime import offload as tiers" if any(n.target in MARKS for n in forward) else ""
+    tiers = "\nfrom netmind_autopar.runtime import offload as tiers" if any(n.target in MARKS for n in (*forward, *backward)) else ""
     mesh = ",".join(f"{a.name}={a.size}" for a in plan.mesh)
     head = HEADER.format(mesh=mesh, plan=plan.hash(), graph=plan.graph_hash, tiers=tiers)
     bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
@@ -278,7 +278,8 @@ def _call(node: fx.Node, writer: _Writer) -> str:
         name = writer.bind("bucket", f"place.bucket({writer.axes[axis]!r}, {op!r}, [{specs}])")
         return f"{name}{start}([{', '.join(t.name for t in tensors)}])"
     if node.target in MARKS:
-        return f"tiers.{node.target.__name__}({', '.join(_text(a, writer) for a in node.args)})"  # type: ignore[union-attr]
+        args = [_text(a, writer) for a in node.args] + ["device"] * (node.target is fetch)
+        return f"tiers.{node.target.__name__}({', '.join(args)})"  # type: ignore[union-attr]
     if node.target is meet:
         (x,) = tensor_args(node)
         return f"meet({x.name!r}, {x.name})"

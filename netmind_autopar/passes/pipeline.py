@@ -18,7 +18,7 @@ from ..runtime.collectives import STARTS, wait
 from ..solver.conversions import end_rules, regathered
 from ..solver.fold import classes
 from ..solver.micro import in_turns
-from ..solver.parking import parked
+from ..solver.parking import parked, stowed
 from ..solver.replay import offloaded, rewritten
 from ..solver.solve import choices_to_strategies
 from .bucket import bucket_gradients
@@ -28,6 +28,7 @@ from .localize import localize
 from .offload import offload_values
 from .reshard import insert_reshards
 from .schedule import schedule_collectives
+from .stow import stow_parameters
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Lowering:
     away: Mapping[tuple[str, int], str] = field(default_factory=dict)  # values that wait for backward elsewhere, and where
     names: Mapping[str, str] = field(default_factory=dict)  # the class of every node
     gradients: Gradients = "whole"
+    stowed: Mapping[str, str] = field(default_factory=dict)  # parameters that wait elsewhere, and where
 
 
 Gradients = Literal["whole", "waiting", "closing"]
@@ -54,6 +56,7 @@ PASSES: tuple[Pass, ...] = (
     make_dense,  # what arrives at an op, moved or not, is dense where the op reads it so
     offload_values,  # then values are sent away as they lie, and backward's moves take what comes back
     defer_reductions,  # gradients of micro-batches are added up before they are reduced
+    stow_parameters,  # parameters that wait elsewhere come, and their gradients leave when they are complete
     bucket_gradients,  # only now the gradients' all-reduces stand in the graph
     schedule_collectives,  # last: every collective and everything that can run meanwhile has its place
 )
@@ -77,10 +80,11 @@ def prepare(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[Pr
     away = offloaded(program, plan.offload, names)
     again = regathered(program, names, plan.regather)
     parked(program, plan.state, names)  # the runtime's business: here only whether the entries mean something
-    new = rewritten(program, rules, names, plan.recompute)
+    gone = stowed(program, plan.state, names)
+    new = rewritten(program, rules, names, plan.recompute, gone)
     strategies |= {twin: strategies[original] for twin, original in new.twins.items()}
     conversions = Conversions(plan.links(), plan.random_costs)
-    return new.program, Lowering(plan, new.rules, strategies, conversions, plan.sizes, again, away, new.names)
+    return new.program, Lowering(plan, new.rules, strategies, conversions, plan.sizes, again, away, new.names, stowed=gone)
 
 
 def run_passes(program: Program, context: Lowering) -> Program:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def insert_reshards(program: Program, context: Lowering) -> Program:
     """Splice moves into every edge whose producer's and consumer's layouts differ."""
-    needed = needed_conversions(program, context.rules, context.strategies, context.sizes, context.again)
+    needed = needed_conversions(program, context.rules, context.strategies, context.sizes, context.again, context.stowed)
     if not needed:
         return program
     with program.edit() as new:

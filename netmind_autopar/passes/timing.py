@@ -23,7 +23,7 @@ from ..ir.program import Program, is_getitem, source, tensor_args
 from ..ir.spec import Spec, local_bytes
 from ..rules.algebra import Rule
 from ..runtime.collectives import BUCKETS, MOVES, STARTS, sender, wait
-from ..runtime.offload import offload, prefetch, release, reload
+from ..runtime.offload import fetch, offload, prefetch, release, reload
 from ..solver.build import random_seconds
 from ..solver.parking import parked
 from .defer import FINISH
@@ -109,7 +109,7 @@ class _Events:
             self._event(node, self.mesh.names[axis], float(node.meta["seconds"]))  # type: ignore[index, call-overload]
             if target not in STARTS:
                 self._wait_for(node)
-        elif target in (offload, prefetch):
+        elif target in (offload, prefetch, fetch):
             self._event(node, OUT if target is offload else IN, self._bytes(node) * self._link_s(self._tier(node)))
         elif target in (release, reload):
             self._wait_for(node.args[0])
@@ -132,17 +132,19 @@ class _Events:
         return self.lowered.expects[sender(made).name][0] if made.meta.get("phase") == FINISH else spec
 
     def state(self) -> None:
-        """Optimizer state that waits elsewhere travels back and forth while the optimizer steps; nothing hides that."""
+        """What waits elsewhere travels while the optimizer steps, and nothing hides that: state back and forth, of parameters that wait
+        elsewhere themselves all but the new gradient."""
         plan, ends = self.context.plan, self.lowered.placeholders()
         states = optimizer_states(plan.optimizer)
         away = parked(self.lowered, plan.state, {name: self.context.names[name] for name in ends if name in self.context.names})
+        trained = {self.lowered.owner(o).node for o in self.lowered.outputs if o.role == "grad"}
+        times = dict.fromkeys(away, 2 * states) | {name: 2 * states + 3 for name in self.context.stowed if name in trained}
+        tiers = {**away, **self.context.stowed}
         for tier in ("host", "disk"):
-            specs = [self.lowered.specs[name] for name, where in away.items() if where == tier]
-            size = states * sum(local_bytes(s, self.context.sizes) for s in specs if isinstance(s, Spec))
+            specs = [(self.lowered.specs[name], n) for name, n in times.items() if tiers[name] == tier]
+            size = sum(n * local_bytes(s, self.context.sizes) for s, n in specs if isinstance(s, Spec))
             if size:
-                self._append(
-                    Event(f"optimizer state, {tier}", STATE, 2 * size * self._link_s(tier), self._last(), "transfer", "", "", size)
-                )
+                self._append(Event(f"optimizer state, {tier}", STATE, size * self._link_s(tier), self._last(), "transfer", "", "", size))
 
     def _event(self, node: fx.Node, stream: str, seconds: float) -> None:
         kind = str(node.args[1]) if node.target in MOVES else "all_reduce" if node.target in BUCKETS else ""
@@ -175,7 +177,7 @@ class _Events:
 
     def _tier(self, node: fx.Node) -> str:
         away: Any = node
-        while away.target is not offload:
+        while away.target not in (offload, fetch):
             away = away.args[0]
         return str(away.args[1])
 

@@ -24,6 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ..ir.errors import AutoparError
 from .dtensors import as_dtensor, owned
+from .stowed import beside
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -241,7 +242,8 @@ class Waiting:
             wanted, slots = held.names(), [s for s in graph.roles.grad_slots if _is_param(graph, s)]
             for slot, name, local in zip(slots, held.owners, owned(held.finished(), []), strict=True):
                 if name in wanted:
-                    p, grad = pm.get_parameter(name), graph.gradient(slot, local)
+                    p = pm.get_parameter(name)
+                    grad = beside(p, graph.gradient(slot, local))
                     p.grad = grad if p.grad is None else p.grad + grad
         self.held.clear()
 

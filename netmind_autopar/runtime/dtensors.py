@@ -23,9 +23,12 @@ def torch_placements(spec: Spec) -> list[Any]:
 
 
 def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
-    """A DTensor around a local tensor, without communication."""
+    """A DTensor around a local tensor, without communication. It lies where the local tensor does, if that is the device's host there."""
     stride = torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    elsewhere = local.device.type not in (mesh.device_type, "meta")  # `from_local` would bring it
+    inner = local.new_empty(local.shape, device="meta") if elsewhere else local.detach()
+    made = DTensor.from_local(inner, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor(local.detach(), made._spec, requires_grad=False) if elsewhere else made
 
 
 def owned(grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:

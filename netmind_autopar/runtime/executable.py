@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -35,10 +35,18 @@ class Executable:
     parked: Mapping[str, str]  # parameters whose optimizer state waits between steps elsewhere, and where
     turns: int = 1
     joins: tuple[str, ...] = ()  # of micro-batches, see `ir.program.Micro`
+    stowed: Mapping[str, str] = field(default_factory=dict)  # parameters that wait elsewhere themselves, and where
 
     @classmethod
     def of(
-        cls, lowered: Program, source: str, variant: Callable[[Variant], str], *, training: bool, parked: Mapping[str, str] | None = None
+        cls,
+        lowered: Program,
+        source: str,
+        variant: Callable[[Variant], str],
+        *,
+        training: bool,
+        parked: Mapping[str, str] | None = None,
+        stowed: Mapping[str, str] | None = None,
     ) -> Executable:
         """From a lowered program: `specs` of its placeholders, `expects` of its results."""
         specs = tuple(lowered.specs[i.node] for i in lowered.inputs)
@@ -58,6 +66,7 @@ class Executable:
             parked or {},
             lowered.turns,
             lowered.micro.joins if lowered.micro else (),
+            stowed or {},
         )
 
 

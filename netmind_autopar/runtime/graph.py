@@ -60,6 +60,9 @@ class Graph:
     def locals(self, owners: Sequence[Tensor]) -> list[Tensor]:
         """The local tensors that the emitted functions take."""
         found = [t._local_tensor if isinstance(t, DTensor) else t for t in owners]
+        for k, item in enumerate(self.roles.leading):  # one that waits elsewhere by another graph's plan
+            if item.role == "param" and item.name not in self.executable.stowed and found[k].device != self.place.device:
+                found[k] = found[k].to(self.place.device)
         for k, (here, _) in self.moved.items():
             found[k] = owners[k].detach().redistribute(self.mesh, here)._local_tensor  # type: ignore[attr-defined]
         return found

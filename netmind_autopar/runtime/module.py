@@ -31,6 +31,7 @@ from .materialise import Bare, Cut, Init, materialise
 from .parked import park
 from .place import Place
 from .step import Step
+from .stowed import drop_after_loading, elsewhere, stow
 
 
 class ParallelModule(nn.Module):
@@ -62,7 +63,9 @@ class ParallelModule(nn.Module):
         self._adopt(model, sizes, coord, device, weights, init)
         self._config = configuration(model)
         self._graph = self._bind(executable, plan)
-        park({self.get_parameter(name): tier for name, tier in executable.parked.items()})
+        stow({self.get_parameter(name): tier for name, tier in executable.stowed.items()}, device)
+        park({self.get_parameter(name): tier for name, tier in {**executable.parked, **executable.stowed}.items()})
+        drop_after_loading(self)
         self.train(executable.training)
         self._graphs = Graphs(self, self._graph, planner)
 
@@ -193,7 +196,9 @@ class ParallelModule(nn.Module):
         for name, parameter in parameters.items():
             key = id(parameter)
             if key not in adopted:
-                local = made.pop(key).to(device) if key in made else cut.of(parameter, _broadcast(parameter, device))
+                tier = self._executable.stowed.get(name, "")
+                local = made.pop(key) if key in made else cut.of(parameter, _broadcast(parameter, device))
+                local = elsewhere(local, tier, device) if tier else local.to(device)
                 placements = torch_placements(laid[key]) if key in laid else [TorchReplicate()] * len(sizes)  # one that is never used
                 dtensor = as_dtensor(local, self._mesh, placements, parameter.shape)
                 adopted[key] = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)

@@ -5,6 +5,11 @@
     away = prefetch(away)         takes memory on the device and starts the copy back
     y = reload(away)              x again: same numbers, dtype and, where x was dense, strides
 
+A parameter that waits elsewhere stays there, and is copied in where it is used; its gradient goes there for good:
+
+    y = reload(fetch(w, "disk"))                                a copy of w on the device
+    g = settle(release(offload(g, "disk", True)))               g, elsewhere and contiguous
+
 On CUDA copies run on streams of their own, one for each direction, from and to pinned memory; the compute stream waits for them,
 the host does not. Elsewhere a thread for each direction copies. What goes to disk lies in a memory-mapped file without a name: its
 space is free again as soon as nothing refers to it, however the process ends.
@@ -13,37 +18,27 @@ space is free again as soon as nothing refers to it, however the process ends.
 from __future__ import annotations
 
 import functools
-import mmap
 import os
-import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir import flags
-from ..ir.errors import GraphError, OffloadError
+from ..ir.errors import GraphError
+from .mapped import copy
+from .mapped import on_disk as _file
 
 TIERS = ("host", "disk")
-_BLOCK = bytes(1 << 20)
-
-
-class Laid(Protocol):
-    """How a local tensor lies in memory."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    strides: tuple[int, ...]
-    bytes: int
 
 
 class Away:
     """A tensor between `offload` and `reload`. `there` is its memory on the device, while it has some."""
 
-    def __init__(self, x: Tensor, tier: str) -> None:
+    def __init__(self, x: Tensor, tier: str, strides: tuple[int, ...] | None = None) -> None:
         self.device, self.tier = x.device, tier
-        self.shape, self.dtype, self.strides = x.shape, x.dtype, _strides(x)
+        self.shape, self.dtype, self.strides = x.shape, x.dtype, _strides(x) if strides is None else strides
         self.bytes = x.numel() * x.element_size()
         self.there: Tensor | None = x.detach()
         self.host: Tensor | None = None
@@ -70,9 +65,9 @@ class Away:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, **options)
 
 
-def offload(x: Tensor, tier: str) -> Away:
-    """Start to copy x out of its device. tier: "host" or "disk"."""
-    away = Away(x, tier)
+def offload(x: Tensor, tier: str, last: bool = False) -> Away:
+    """Start to copy x out of its device. tier: "host" or "disk". last: it stays there, and is contiguous."""
+    away = Away(x, tier, _contiguous(x.shape) if last else None)
     if x.is_cuda:
         out = _stream(x.device, "out")
         out.wait_stream(torch.cuda.current_stream(x.device))
@@ -124,7 +119,27 @@ def reload(away: Away) -> Tensor:
     return x
 
 
-MARKS = (offload, release, prefetch, reload)  # what the lowered program calls
+def fetch(x: Tensor, tier: str, device: torch.device | None = None) -> Away:
+    """Take memory on the device and start to copy x there, which waits elsewhere and stays there too. device: x's own when None."""
+    away = Away(x, tier)
+    away.device, away.there = device or x.device, None
+    if tier == "disk" and away.device.type == "cuda":
+        away.file = x.detach()
+    else:
+        away.host = x.detach()
+    return prefetch(away)
+
+
+def settle(away: Away) -> Tensor:
+    """Wait until x is out: the tensor elsewhere."""
+    away.wait()
+    if away.event is not None:
+        away.event.synchronize()
+    x, away.host, away.file, away.event = away.file if away.host is None else away.host, None, None, None
+    return away.empty(device="meta") if x is None else x
+
+
+MARKS = (offload, release, prefetch, reload, fetch, settle)  # what the lowered program calls
 
 
 @torch.no_grad()
@@ -132,14 +147,14 @@ def _device_to_memory(away: Away) -> None:
     """The copy out where the device is the CPU."""
     assert away.there is not None
     target = _file(away) if away.tier == "disk" else away.empty(device="cpu")
-    target.copy_(away.there)
+    copy(target, away.there)
     away.host = target
 
 
 @torch.no_grad()
 def _memory_to_device(away: Away) -> None:
     assert away.there is not None and away.host is not None
-    away.there.copy_(away.host)
+    copy(away.there, away.host)
 
 
 @torch.no_grad()
@@ -148,7 +163,7 @@ def _host_to_file(away: Away) -> None:
     assert away.host is not None and away.event is not None
     target = _file(away)
     away.event.synchronize()
-    target.copy_(away.host)
+    copy(target, away.host)
     away.file, away.host = target, None
 
 
@@ -156,7 +171,7 @@ def _host_to_file(away: Away) -> None:
 def _file_to_device(away: Away) -> None:
     assert away.file is not None
     away.host = away.empty(device="cpu", pin_memory=True)
-    away.host.copy_(away.file)
+    copy(away.host, away.file)
     with torch.cuda.device(away.device):
         _host_to_device(away)
 
@@ -170,35 +185,6 @@ def _host_to_device(away: Away) -> None:
         away.event = back.record_event()
 
 
-def _file(away: Laid) -> Tensor:
-    """Room for a tensor on disk, mapped into memory. All of it is reserved at once: writing into a map of a full disk would be a crash."""
-    size = max(away.bytes, 1)
-    folder = flags.offload_folder()
-    try:
-        with tempfile.TemporaryFile(dir=folder, prefix="netmind-autopar-", buffering=0) as file:
-            _reserve(file, size)
-            mapped = mmap.mmap(file.fileno(), size)
-    except (OSError, ValueError) as e:
-        raise OffloadError(
-            f"cannot keep {size} bytes of a tensor on disk",
-            where=str(folder or tempfile.gettempdir()),
-            why=str(e),
-            try_="free some space, name another folder in AUTOPAR_OFFLOAD, or plan with less memory on disk",
-        ) from None
-    flat = torch.frombuffer(mapped, dtype=torch.uint8)[: away.bytes]
-    return flat.view(away.dtype).as_strided(away.shape, away.strides)
-
-
-def _reserve(file: Any, size: int) -> None:
-    """Make a file `size` bytes long on the disk. Raises OSError when there is no room."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-        return
-    for start in range(0, size, len(_BLOCK)):
-        file.write(_BLOCK[: size - start])
-    file.flush()
-
-
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Those of x when its elements lie side by side in some order, else those of a contiguous tensor."""
     dense, room = list(x.stride()), 1
@@ -209,10 +195,17 @@ def _strides(x: Tensor) -> tuple[int, ...]:
         room *= size
     if dense or not x.dim():
         return tuple(dense)
-    for size in reversed(x.shape):
-        dense.insert(0, room)
+    return _contiguous(x.shape)
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    out: list[int] = []
+    room = 1
+    for size in reversed(shape):
+        out.insert(0, room)
         room *= max(size, 1)
-    return tuple(dense)
+    return tuple(out)
 
 
 @functools.cache

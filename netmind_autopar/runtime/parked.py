@@ -8,10 +8,11 @@ the other, and only that bucket's state is on the device:
 
 then once more on what is not parked, which is the step that hooks and schedulers see. An optimizer outside of `torch.optim` may count
 steps per group, or compare parameters; it runs once, with all its state on the device meanwhile. What optimizers make when they are
-built, and what `load_state_dict` gives them before their first step, is parked after that step.
+built, and what `load_state_dict` gives them before their first step, is parked after that step. A parameter that waits elsewhere
+itself (runtime/stowed.py) comes with the bucket, and so does its gradient.
 
 What is parked are the tensors of at least one dim that `optimizer.state[p]` holds directly. `state_dict()` returns tensors on the
-device, copies of what is parked.
+device, copies of what is parked; of a parameter that waits elsewhere itself the very tensors, where they are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ir.errors import InputError
 from ..ir.plan import STATE_BUCKET_BYTES
+from .dtensors import as_dtensor
+from .mapped import copy
 from .offload import TIERS, _file, _stream, _strides
+from .stowed import device_of, forget_pages, local_of, on_device, stowed
 
 BUCKET_BYTES = STATE_BUCKET_BYTES
 STATES = 2  # tensors of a parameter's size that its state is taken for before there is any
@@ -49,15 +53,18 @@ def park(tiers: Mapping[Tensor, str]) -> None:
 
 
 class Parked:
-    """A tensor of an optimizer's state, while it is not on the device. `tensor()` is a copy that is."""
+    """A tensor of an optimizer's state, while it is not on the device. `tensor()` is a copy that is.
 
-    def __init__(self, x: Tensor, tier: str) -> None:
-        local = x.to_local() if isinstance(x, DTensor) else x
-        self.tier, self.device = tier, local.device
+    device: where it is used, x's own when None. stays: its parameter waits elsewhere too, and `tensor()` is the memory itself.
+    """
+
+    def __init__(self, x: Tensor, tier: str, device: torch.device | None = None, stays: bool = False) -> None:
+        local = local_of(x)
+        self.tier, self.device, self.stays = tier, device or local.device, stays
         self.whole, self.shape, self.dtype, self.strides = x.shape, local.shape, x.dtype, _strides(local)
         self.bytes = local.numel() * local.element_size()
         self.layout = (x.device_mesh, x.placements, x.stride()) if isinstance(x, DTensor) else None
-        self.memory = _file(self) if tier == "disk" else self.empty(device="cpu", pin_memory=local.is_cuda)
+        self.memory = _file(self) if tier == "disk" else self.empty(device="cpu", pin_memory=self.device.type == "cuda")
         self.event: torch.cuda.Event | None = None  # when the last copy out has arrived
 
     def __repr__(self) -> str:
@@ -75,8 +82,8 @@ class Parked:
         if not isinstance(x, Tensor) or (x.shape, x.dtype) != (self.whole, self.dtype):
             return False
         layout = (x.device_mesh, x.placements, x.stride()) if isinstance(x, DTensor) else None
-        local = x.to_local() if isinstance(x, DTensor) else x
-        return layout == self.layout and (local.device, _strides(local)) == (self.device, self.strides) and _may_leave(x, parameter)
+        found = layout, device_of(parameter), _strides(local_of(x))
+        return found == (self.layout, self.device, self.strides) and _may_leave(x, parameter)
 
     def wrapped(self, local: Tensor) -> Tensor:
         """The local tensor as the optimizer had it."""
@@ -86,8 +93,15 @@ class Parked:
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=self.whole, stride=stride)
 
     def tensor(self) -> Tensor:
-        """A copy on the device."""
-        return bring([self])[0]
+        """A copy on the device, or the tensor itself where it is."""
+        if not self.stays:
+            return bring([self])[0]
+        if self.event is not None:
+            self.event.synchronize()
+        if self.layout is None:
+            return self.memory
+        mesh, placements, _ = self.layout
+        return as_dtensor(self.memory, mesh, placements, self.whole)
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -101,10 +115,10 @@ def send(pairs: Sequence[tuple[Parked, Tensor]]) -> None:
     On CUDA the compute stream waits for the copies, and the host does for those to disk.
     """
     for device in dict.fromkeys(home.device for home, _ in pairs):
-        here = [(home, x.to_local() if isinstance(x, DTensor) else x) for home, x in pairs if home.device == device]
+        here = [(home, local_of(x)) for home, x in pairs if home.device == device]
         if device.type != "cuda":
             for home, x in here:
-                home.memory.copy_(x)
+                copy(home.memory, x)
             continue
         now, out, staged = torch.cuda.current_stream(device), _stream(device, "out"), []
         out.wait_stream(now)
@@ -120,7 +134,7 @@ def send(pairs: Sequence[tuple[Parked, Tensor]]) -> None:
         if staged:
             event.synchronize()
         for home, target in staged:
-            home.memory.copy_(target)
+            copy(home.memory, target)
 
 
 @torch.no_grad()
@@ -131,7 +145,7 @@ def bring(homes: Sequence[Parked]) -> list[Tensor]:
         here = [(home, x) for home, x in zip(homes, there, strict=True) if home.device == device]
         if device.type != "cuda":
             for home, x in here:
-                x.copy_(home.memory)
+                copy(x, home.memory)
             continue
         now, back = torch.cuda.current_stream(device), _stream(device, "in")
         back.wait_stream(now)
@@ -142,7 +156,7 @@ def bring(homes: Sequence[Parked]) -> list[Tensor]:
                 source = home.memory
                 if home.tier == "disk":
                     source = home.empty(device="cpu", pin_memory=True)
-                    source.copy_(home.memory)
+                    copy(source, home.memory)
                 x.copy_(source, non_blocking=True)
             event = back.record_event()
         now.wait_event(event)
@@ -153,9 +167,9 @@ def _may_leave(x: Any, parameter: Tensor) -> bool:
     """Whether x is a tensor of its own that lies with the parameter."""
     if not isinstance(x, Tensor) or not x.dim() or x.layout != torch.strided or not x.numel():
         return False
-    if x.device != parameter.device or x.device.type == "meta":
+    if x.device not in (parameter.device, device_of(parameter)) or x.device.type == "meta":
         return False
-    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (x, parameter))
+    a, b = local_of(x), local_of(parameter)
     return a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel()
 
 
@@ -198,7 +212,7 @@ class _Driver:
         self.masked = []
         self.leave(optimizer)
         if self.inner is None:
-            self._bring(optimizer, _parked(optimizer))
+            self._bring(optimizer, _parked(optimizer), here=True)
             return None
         closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
         if closure is None:
@@ -218,6 +232,7 @@ class _Driver:
         for p, grad in masked:
             p.grad = grad
         self.leave(optimizer)
+        forget_pages(_parked(optimizer))
 
     def leave(self, optimizer: Optimizer) -> None:
         """Send away whatever state of parked parameters is on the device."""
@@ -235,7 +250,8 @@ class _Driver:
                 self._bring(optimizer, [p for p, _ in bucket])
                 for p, grad in bucket:
                     p.grad = grad
-                self.inner(optimizer)
+                with on_device(optimizer, [p for p, _ in bucket]):
+                    self.inner(optimizer)
                 for p, _ in bucket:
                     p.grad = None
                 self._send(optimizer, [p for p, _ in bucket])
@@ -249,13 +265,13 @@ class _Driver:
         self.masked = parked
 
     def _cut(self, optimizer: Optimizer, parked: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Runs of parameters whose state is together no more than a bucket."""
+        """Runs of parameters whose state, and what else of them comes, is together no more than a bucket."""
         run: list[tuple[Tensor, Tensor]] = []
         room = BUCKET_BYTES
         for p, grad in parked:
-            local = p.to_local() if isinstance(p, DTensor) else p
+            size = local_of(p).numel() * p.element_size()
             known = sum(v.bytes for v in optimizer.state.get(p, {}).values() if isinstance(v, Parked))
-            need = known or STATES * local.numel() * local.element_size()
+            need = (known or STATES * size) + (2 * size if stowed(p) else 0)
             if run and need > room:
                 yield run
                 run, room = [], BUCKET_BYTES
@@ -264,7 +280,8 @@ class _Driver:
         if run:
             yield run
 
-    def _bring(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    def _bring(self, optimizer: Optimizer, parameters: Sequence[Tensor], here: bool = False) -> None:
+        """State to the device. here: to where its parameter is, whatever it is used on."""
         slots = [
             (optimizer.state[p], key, value)
             for p in parameters
@@ -272,6 +289,10 @@ class _Driver:
             for key, value in optimizer.state[p].items()
             if isinstance(value, Parked)
         ]
+        if here:
+            for state, key, home in slots:
+                state[key] = home.tensor()
+            return
         for (state, key, _), x in zip(slots, bring([home for _, _, home in slots]), strict=True):
             state[key] = x
 
@@ -286,7 +307,7 @@ class _Driver:
                 if not _may_leave(value, p):
                     continue
                 if key not in known or not known[key].fits(value, p):
-                    known[key] = Parked(value, _tiers[p])
+                    known[key] = Parked(value, _tiers[p], device_of(p), stowed(p) is not None)
                 pairs.append((known[key], value))
                 slots.append((optimizer.state[p], key, known[key]))
         send(pairs)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from ..ir.errors import AutoparError, InputError
 from ..ir.spec import local_shape, shard
 from .dtensors import as_dtensor, owned, torch_placements
+from .stowed import beside
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -80,7 +81,8 @@ class Step(torch.autograd.Function):
         complete = [(slot, r) for slot, r in zip(roles.grad_slots, reached, strict=True) if r is not None]
         for (slot, there), grad in zip(complete, owned(results, given), strict=True):
             if there:
-                out[slot] = graph.gradient(slot, grad)
+                item, made = roles.leading[slot], graph.gradient(slot, grad)
+                out[slot] = beside(ctx.pm.get_parameter(item.name), made) if item.role == "param" else made
         return (None, None, *out)
 
 

@@ -21,11 +21,11 @@ from ..ir.plan import STATE_BUCKET_BYTES
 from ..ir.program import Input, Program, is_getitem, values
 from ..ir.spec import Spec
 from ..rules.algebra import Rule
-from .conversions import Use, owner_of, regathered, uses, value_name, value_of
+from .conversions import Use, is_bucketed, owner_of, regathered, uses, value_name, value_of
 from .fold import signature
 from .kinds import RESULT, Kind, collect
 from .layouts import Side, Specs, distinct, tables
-from .parking import with_state
+from .parking import stays, with_places
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
 from .replay import refusal
 from .window import back, borders, gone
@@ -60,6 +60,7 @@ class _Build:
         conversions: Conversions,
         inputs: str,
         again: frozenset[tuple[str, int]] | Sequence[str] = (),
+        stowed: Mapping[str, str] | None = None,
     ) -> None:
         self.program, self.conversions, self.turns = program, conversions, program.turns
         self.nodes = {node.name: node for node in program.graph.nodes}
@@ -84,6 +85,8 @@ class _Build:
         self.ranks = self._ranks()
         self.away: frozenset[tuple[str, int]] = frozenset()
         self.parked: Mapping[str, str] = {}
+        self.stowed: Mapping[str, str] = stowed or {}
+        self.late: list[int] | None = None  # where stretches of backward begin
         self.trained: set[str] = set()
         self.states = 0
         joins = zip(program.outputs, program.micro.joins, strict=True) if program.micro else ()
@@ -118,9 +121,31 @@ class _Build:
         """
         if self.turns > 1 and use.result and use.result.role == "grad":
             return self.taken(use, producer)
+        if use.result and self.leaves(use):
+            return self.out(producer)
         if use.result:
             return min(self.forward_end + 1, self.end) if use.result.role == "mutation" else self.end
         return release[use.node]
+
+    def leaves(self, use: Use) -> bool:
+        """Whether a use is a gradient that goes out to where its parameter waits."""
+        is_grad = use.result is not None and use.result.role == "grad"
+        return is_grad and owner_of(self.program, use.result) in self.stowed  # type: ignore[arg-type]
+
+    def owner(self, use: Use) -> int:
+        """Of a gradient the position of its parameter in its class, else -1."""
+        if use.result is None or use.result.role != "grad" or use.result.index >= 0:
+            return -1
+        return self.ranks[owner_of(self.program, use.result), 0]  # type: ignore[index]
+
+    def out(self, producer: str) -> int:
+        """The last moment at which a gradient that goes out is on the device: see passes/stow.py."""
+        split = (self.forward_end + 1) // 2
+        if self.late is None:
+            self.late = borders([self.nodes[op] for op in self.ops[split:]])
+        taken = [u.node for i in range(len(values(self.nodes[producer]))) for u in self.uses.get((producer, i), ()) if not u.result]
+        at = [self.moment.get(op, 0) // 2 - split for op in (producer, *taken)]
+        return min(2 * (split + gone(self.late, max(at[0], 0), max(0, *at))), self.end - 1)
 
     def consumer(self, use: Use) -> str:
         """The class whose choice says in which layout `use` wants its value."""
@@ -161,7 +186,8 @@ class _Build:
                 (self.consumer(u), u.position if u.result is None else -1, u.phase, u.result.role if u.result else "") for u in takers
             )
             role = self.ends[name].role if name in self.ends else ""
-            groups.setdefault((producer, role, index, into, (name, index) in self.again), []).append((name, index))
+            out = name in self.stowed, tuple(self.leaves(u) for u in takers)
+            groups.setdefault((producer, role, index, into, (name, index) in self.again, out), []).append((name, index))
         return groups
 
     def value(self, group: Sequence[tuple[str, int]]) -> tuple[Value, tuple[Specs, Specs]]:
@@ -173,7 +199,8 @@ class _Build:
         is_gradient = any(u.result is not None and u.result.role == "grad" for u in takers)
         dense = values(self.nodes[name])[index].is_contiguous()  # type: ignore[union-attr]
         bucket = BUCKET_BYTES if self.gradient_bytes > BUCKET_BYTES else None
-        facts = {"dense": dense, "is_gradient": is_gradient, "bucket_bytes": bucket, "turns": self.turns}
+        bucketed = any(is_bucketed(self.program, u, self.stowed) for u in takers)
+        facts = {"dense": dense, "is_gradient": bucketed, "bucket_bytes": bucket, "turns": self.turns}
         same, seconds, need, left = tables(convert, sources, targets, **facts)
         consumers = tuple(
             Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
@@ -183,7 +210,7 @@ class _Build:
         used = np.array([[self.taken(u, n) for u in self.uses[n, i]] for n, i in group])
         held = np.array([[self.end if self.is_tangent(n) else self.held(u, self.release, n) for u in self.uses[n, i]] for n, i in group])
         shape = (len(group), len(takers))
-        owns = not self.is_resident(name) and not self.is_view(name)
+        owns = name in self.stowed or (not self.is_resident(name) and not self.is_view(name))
         value = Value(
             value_name(kind.name, index),
             self.index[kind.name],
@@ -197,11 +224,13 @@ class _Build:
             produced,
             used.reshape(shape),
             held.reshape(shape),
-            "gradient" if is_gradient else "activation",
+            "gradient" if is_gradient else "parameter" if name in self.stowed else "activation",
             need,
             tuple(self.ranks[pair] for pair in group),
             convert.partial(sources),
             self.gone(group),
+            name in self.stowed,
+            np.array([[self.owner(u) for u in self.uses[n, i]] for n, i in group]) if is_gradient else None,
         )
         return value, (Specs(convert, sources), Specs(convert, targets))
 
@@ -270,9 +299,13 @@ class _Build:
         return trained * self.local(kind) if trained else 0
 
     def parameter(self, kind: Kind, node: Node) -> Node:
-        """With the optimizer state of a class of parameters told apart."""
+        """With what of a class of parameters may wait elsewhere told apart."""
+        if kind.role != "param":
+            return node
         trained = [member for member in kind.members if member in self.trained]
-        return with_state(node, trained, len(kind.members), self.states * self.local(kind), self.parked) if trained else node
+        node = with_places(node, kind.members, trained, self.local(kind), self.states, self.parked, self.stowed)
+        fixed = any(stays(self.turns, any(u.result for u in self.uses[member, 0])) for member in kind.members)
+        return replace(node, size=None) if fixed else node
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -298,15 +331,16 @@ def build(
     regather: frozenset[tuple[str, int]] | Sequence[str] = (),
     away: Collection[tuple[str, int]] = (),
     parked: Mapping[str, str] | None = None,
+    stowed: Mapping[str, str] | None = None,
 ) -> Built:
     """The folded problem of a program on a mesh. Gradients of parameters are priced as they travel: in buckets.
 
     states: tensors of a parameter's size that the optimizer keeps. regather: what is converted again in backward, as a plan says it or
     as `regathered` found it in the program before it was rewritten. away: values that wait for backward elsewhere. parked: parameters
-    whose optimizer state waits between steps elsewhere, and where. Random costs replace the seconds of ops; pass conversions that were
-    made with the same seed.
+    whose optimizer state waits between steps elsewhere, and where; stowed: those that wait there themselves. Random costs replace the
+    seconds of ops; pass conversions that were made with the same seed.
     """
-    work = _Build(program, rules, conversions, inputs, regather)
+    work = _Build(program, rules, conversions, inputs, regather, stowed)
     work.away, work.parked, work.states = frozenset(away), parked or {}, states
     work.trained = trained = trained_parameters(program)
     priced: dict[tuple, np.ndarray] = {}

@@ -8,7 +8,7 @@ where the value holds Partial sums (a reduction is done once).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -153,10 +153,12 @@ def needed_conversions(
     strategies: Mapping[str, Strategy],
     sizes: tuple[int, ...],
     again: frozenset[tuple[str, int]],
+    stowed: Collection[str] = (),
 ) -> tuple[Needed, ...]:
     """Every conversion of the program under `strategies` (from `solve.choices_to_strategies`), in the order of the values.
 
-    again: the values that are converted again in backward (from `regathered`).
+    again: the values that are converted again in backward (from `regathered`). stowed: parameters whose gradients leave at once, and
+    wait for no bucket.
     """
     rules = {**end_rules(program), **rules}
     nodes = {node.name: node for node in program.graph.nodes}
@@ -191,12 +193,17 @@ def needed_conversions(
             want = wanted(use, have)
             if not same_layout(have, want, sizes):
                 served.setdefault((group(have, use.phase, (name, index) in again), layout(want, sizes)), (want, []))[1].append(use)
-        is_gradient = any(use.result is not None and use.result.role == "grad" for use in takers)
+        is_gradient = any(is_bucketed(program, use, stowed) for use in takers)
         several = len({wanted(use, have).dims for use in takers}) > 1
         for key, (want, users) in served.items():
             target = said.first(want, have, takers, key[1]) if several else want
             out.append(Needed(name, index, key[0], have, target, tuple(users), is_gradient))
     return tuple(out)
+
+
+def is_bucketed(program: Program, use: Use, stowed: Collection[str]) -> bool:
+    """Whether a use is a gradient that may wait for its bucket."""
+    return use.result is not None and use.result.role == "grad" and owner_of(program, use.result) not in stowed
 
 
 class _Said:

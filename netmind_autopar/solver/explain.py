@@ -102,6 +102,7 @@ def memory_at(built: Built, choice: Choice, moment: int) -> Memory:
         for start, end in zip(item.start.tolist(), item.end.tolist(), strict=True):
             if start <= moment <= end:
                 name = "activations" if start <= built.forward_end < end else "transients"
+                name = "parameters" if value.kind == "parameter" and item.target < 0 else name
                 total["gradients" if value.kind == "gradient" and end == last else name] += item.bytes
     total["transients"] += built.problem.fixed_bytes
     return Memory(**total)
@@ -166,14 +167,15 @@ def class_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple
 def conversion_rows(program: Program, rules: Mapping[str, Rule], plan: Plan) -> tuple[ConversionRow, ...]:
     """The conversions of a plan, those of repeated blocks together, most expensive first."""
     from .fold import classes
+    from .parking import stowed
     from .solve import choices_to_strategies
 
     conv = Conversions(plan.links(), plan.random_costs)
     program, rules = in_turns(program, rules, plan.micro_batches)
     names = classes(program, {**end_rules(program, plan.inputs), **rules})
     rows: dict[tuple, list] = {}
-    again = regathered(program, names, plan.regather)
-    for need in needed_conversions(program, rules, choices_to_strategies(program, rules, plan), plan.sizes, again):
+    again, gone = regathered(program, names, plan.regather), stowed(program, plan.state, names)
+    for need in needed_conversions(program, rules, choices_to_strategies(program, rules, plan), plan.sizes, again, gone):
         moves = [m for m in conv.path(need.source, need.target) if m.kind != "recast"]
         takers = tuple(names.get(u.node, f"{u.result.role}.{u.result.name}" if u.result else "") for u in need.uses)
         if any(u.result and u.result.role == "grad" for u in need.uses):

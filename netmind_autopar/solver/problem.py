@@ -11,6 +11,8 @@ reads, writes, and what lies waiting:
 
     resident     parameters and optimizer state: always
     parked       optimizer state that waits elsewhere: at the last moment, which is the optimizer's, and then a bucket of it
+    stowed       parameters that wait elsewhere themselves: per phase from a block before their first use until their last, their
+                 gradients until they are out, and of both and their state a bucket at the last moment
     the value    from its production until the last consumer that takes it as it is lets go of it, and until the last
                  conversion made from it
     a copy       per group and target state: from its first consumer's moment until its last consumer lets go
@@ -39,6 +41,8 @@ class Node:
     and hold it. again: its instances of forward may run a second time in backward.
     state[k]: bytes of the optimizer state of one of its parameters; `resident` holds that of `here` of them, of parked[0] it waits in
     host memory, of parked[1] on disk. None: there is none.
+    size[k]: bytes of one of its parameters; None: they cannot wait elsewhere. stowed: how many do, in host memory and on disk, and
+    `resident` has nothing of them. trained: they have gradients.
     """
 
     name: str
@@ -51,6 +55,9 @@ class Node:
     state: np.ndarray | None = None
     here: int = 0
     parked: tuple[int, int] = (0, 0)
+    size: np.ndarray | None = None
+    stowed: tuple[int, int] = (0, 0)
+    trained: bool = False
 
     def park(self, host: int, disk: int = 0) -> Node:
         """The same node, with the optimizer state of that many more parameters elsewhere."""
@@ -58,6 +65,20 @@ class Node:
             return self
         now = self.parked[0] + host, self.parked[1] + disk
         return replace(self, resident=self.resident - (host + disk) * self.state, here=self.here - host - disk, parked=now)
+
+    def stow(self, host: int, disk: int = 0) -> Node:
+        """The same node, with that many more parameters elsewhere, whose optimizer state was not yet."""
+        count = host + disk
+        if self.size is None or not count:
+            return self
+        now, state = (self.stowed[0] + host, self.stowed[1] + disk), 0 if self.state is None else self.state
+        return replace(self, resident=self.resident - count * (self.size + state), here=max(self.here - count, 0), stowed=now)
+
+    def piece(self, k: int) -> int:
+        """Bytes of one stowed parameter that are on the device at the optimizer's moment: itself, its gradient and its state."""
+        if self.size is None or not self.trained:
+            return 0
+        return 2 * int(self.size[k]) + (int(self.state[k]) if self.state is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,8 @@ class Value:
     gone[i]           (moment at which instance i has left for elsewhere, moment at which it comes back), -1 when it stays; None: all stay
     partial[p]        True where the state holds Partial sums, which are always reduced once
     rank[i]           position of instance i among all instances of values with this name, in program order
+    stowed            a parameter that waits elsewhere, in all instances
+    owners[i, t]      of a gradient, the position of its parameter in its class, -1 for other uses; None: no gradient
     """
 
     name: str
@@ -103,6 +126,8 @@ class Value:
     rank: tuple[int, ...] = ()
     partial: np.ndarray | None = None
     gone: np.ndarray | None = None
+    stowed: bool = False
+    owners: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -201,6 +226,8 @@ def items(problem: Problem, choice: Sequence[int]) -> Iterator[Item]:
     """Every stretch of memory under `choice`, besides what is fixed or resident."""
     for v, value in enumerate(problem.values):
         p, targets = wanted(value, choice)
+        if value.stowed:
+            yield Item(v, int(value.bytes[p]), *_fetched(problem, value, p, targets), -1, ())
         end = value.produced.copy()
         for q, takers in targets:
             start, last = value.used[:, takers].min(axis=1), value.held[:, takers].max(axis=1)
@@ -209,7 +236,35 @@ def items(problem: Problem, choice: Sequence[int]) -> Iterator[Item]:
                 yield Item(v, int(value.copy_bytes[q]), *_present(value, start, last), q, tuple(takers))
                 if value.room is not None and value.room[p, q]:
                     yield Item(v, int(value.room[p, q]), start, start, q, tuple(takers))
-        yield Item(v, int(value.bytes[p]), *_present(value, value.produced, end), -1, ())
+        if not value.stowed:
+            yield Item(v, int(value.bytes[p]), *_present(value, value.produced, end), -1, ())
+
+
+def _fetched(problem: Problem, value: Value, p: int, targets: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """The stretches in which a parameter that waits elsewhere is on the device, as passes/stow.py makes them."""
+    taken: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}  # by phase: when it is taken, when let go
+    for q, takers in targets:
+        if value.same[p, q]:
+            for t in takers:
+                taken[value.consumers[t].phase == BACKWARD].append((value.used[:, t], value.held[:, t]))
+        else:
+            made = value.used[:, takers].min(axis=1)
+            taken[all(value.consumers[t].phase == BACKWARD for t in takers)].append((made, made))
+    starts, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for late, pairs in taken.items():
+        if pairs:
+            first = np.min([use for use, _ in pairs], axis=0)
+            starts.append(fetched_at(problem, first, late))
+            ends.append(np.max([held for _, held in pairs], axis=0))
+    return np.concatenate(starts), np.concatenate(ends)
+
+
+def fetched_at(problem: Problem, use: np.ndarray, late: bool) -> np.ndarray:
+    """The moments at which parameters that wait elsewhere are fetched for uses at these moments: a stretch before."""
+    borders = np.array(problem.borders or (0,), np.int64)
+    least = int(np.searchsorted(borders, problem.forward_end, side="right")) if late else 0
+    at = np.maximum(np.searchsorted(borders, use + 1, side="right") - 2, min(least, len(borders) - 1))
+    return np.minimum(borders[at], use)
 
 
 def _present(value: Value, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -232,10 +287,21 @@ def parked_bytes(problem: Problem, choice: Sequence[int]) -> tuple[int, int]:
     return sum(host * size for (host, _), size in pairs), sum(disk * size for (_, disk), size in pairs)
 
 
+def stowed_bytes(problem: Problem, choice: Sequence[int]) -> tuple[int, int]:
+    """Of parameters that wait elsewhere what is in host memory, and on disk: with gradients and optimizer state."""
+    pairs = [(n.stowed, n.piece(k) or int(n.size[k])) for n, k in zip(problem.nodes, choice, strict=True) if n.size is not None]
+    return sum(host * size for (host, _), size in pairs), sum(disk * size for (_, disk), size in pairs)
+
+
 def step_bytes(problem: Problem, choice: Sequence[int]) -> int:
-    """What the optimizer has on the device of the state that waits elsewhere, at most."""
+    """What the optimizer has on the device of what waits elsewhere, at most."""
+    total = sum(parked_bytes(problem, choice))
     sizes = [int(n.state[k]) for n, k in zip(problem.nodes, choice, strict=True) if n.state is not None and any(n.parked)]
-    return min(sum(parked_bytes(problem, choice)), max(problem.bucket_bytes, *sizes, 0))
+    for n, k in zip(problem.nodes, choice, strict=True):
+        if any(n.stowed):
+            total += sum(n.stowed) * n.piece(k)
+            sizes.append(n.piece(k))
+    return min(total, max(problem.bucket_bytes, *sizes, 0))
 
 
 def link_s(problem: Problem, tier: str = "host") -> float:
@@ -250,9 +316,21 @@ def parked_byte_s(problem: Problem, tier: str = "host") -> float:
 
 
 def parking_s(problem: Problem, choice: Sequence[int]) -> float:
-    """Seconds in which the step waits for optimizer state."""
+    """Seconds in which the step waits for optimizer state, and at the optimizer's moment for parameters and gradients."""
     pairs = zip(parked_bytes(problem, choice), ("host", "disk"), strict=True)
-    return sum(size * parked_byte_s(problem, tier) for size, tier in pairs if size)
+    waits = sum(size * parked_byte_s(problem, tier) for size, tier in pairs if size)
+    for n, k in zip(problem.nodes, choice, strict=True):
+        for count, tier in zip(n.stowed, ("host", "disk"), strict=True):
+            waits += count * stowed_s(problem, n, k, tier) if count else 0.0
+    return waits
+
+
+def stowed_s(problem: Problem, node: Node, k: int, tier: str = "host") -> float:
+    """Seconds at the optimizer's moment for one parameter that waits elsewhere: it and its gradient come, state comes and goes, it goes."""
+    if node.size is None or not node.trained:
+        return 0.0
+    state = float(node.state[k]) if node.state is not None else 0.0
+    return (3 * float(node.size[k]) + 2 * state) * link_s(problem, tier) / problem.turns
 
 
 def profile(problem: Problem, choice: Sequence[int]) -> np.ndarray:

@@ -7,29 +7,32 @@ they are functions of a seed, which is an input of the program, and of counters,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from ..costs.compute import FREE, short_name
 from ..ir.errors import PlanError
 from ..ir.plan import Entry
-from ..ir.program import Draft, Program, is_getitem, values
+from ..ir.program import Draft, Program, is_getitem, source, tensor_args, values
 from ..rules.algebra import Rule
 from .conversions import value_name
 
 OWN = ("aten", "prims", "autopar")  # ops whose numbers are known to follow from their arguments alone, unless tagged otherwise
 
 
-def replay(program: Program, entries: Sequence[str], names: Mapping[str, str]) -> tuple[Program, dict[str, str]]:
+def replay(
+    program: Program, entries: Sequence[str], names: Mapping[str, str], more: Collection[str] = ()
+) -> tuple[Program, dict[str, str]]:
     """The program with `<name>_again` in backward for every chosen op, and {twin: original}.
 
-    entries: as in `Plan.recompute`. names: the class of every node (`fold.classes`). An op that nothing in backward needs gets no
+    entries: as in `Plan.recompute`. names: the class of every node (`fold.classes`). more: other ops to choose. An op that nothing in backward needs gets no
     twin. Users in forward and the results of the program keep the original; one that loses its last user stays (see `without_dead`).
     Raises PlanError for entries that name no op of forward, and for ops that give something else when they run again.
     """
-    chosen = chosen_ops(program, entries, names)
+    chosen = chosen_ops(program, entries, names) | set(more)
     if not chosen:
         return program, {}
     with program.edit() as new:
@@ -47,9 +50,14 @@ class Rewritten:
     twins: Mapping[str, str]
 
 
-def rewritten(program: Program, rules: Mapping[str, Rule], names: Mapping[str, str], entries: Sequence[str]) -> Rewritten:
-    """What pricing and lowering both look at: ops that run again stand in backward, those that run only there in backward alone."""
-    changed, twins = replay(program, entries, names)
+def rewritten(
+    program: Program, rules: Mapping[str, Rule], names: Mapping[str, str], entries: Sequence[str], stowed: Collection[str] = ()
+) -> Rewritten:
+    """What pricing and lowering both look at: ops that run again stand in backward, those that run only there in backward alone.
+
+    stowed: placeholders of parameters that wait elsewhere; views of them are taken again, so that none holds them meanwhile.
+    """
+    changed, twins = replay(program, entries, names, views_of(program, stowed))
     more = {twin: rules[old] for twin, old in twins.items()}
     known = {twin: names[old] for twin, old in twins.items()}
     return Rewritten(without_dead(changed, twins.values()), {**rules, **more}, {**names, **known}, twins)
@@ -133,6 +141,17 @@ class _Replay:
         for user in list(old.users):
             if is_late(user) and user is not twin and not is_getitem(user):
                 user.replace_input_with(old, twin)
+
+
+def views_of(program: Program, given: Collection[str]) -> set[str]:
+    """The ops of forward that only view these placeholders, or view such views."""
+    seen, out = set(given), set[str]()
+    for node in program.graph.nodes if seen else ():
+        args = [source(arg)[0] for arg in tensor_args(node)] if node.op == "call_function" and not is_getitem(node) else []
+        if args and short_name(node) in FREE and all(arg.name in seen for arg in args) and not refusal(node):
+            seen.add(node.name)
+            out.add(node.name)
+    return out
 
 
 def is_late(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from .. import milp
 from ..build import Built, build
 from ..conversions import end_rules, regathered
 from ..fold import classes
-from ..parking import OPTIMIZER, parked
+from ..parking import OPTIMIZER, parked, stowed
 from ..presolve import Kept, cells, reduce
 from ..problem import Problem, evaluate
 from ..replay import offloaded, rewritten
@@ -83,10 +83,11 @@ class Task:
         """The problem of the program that runs when this is recomputed, regathered and offloaded, and this state waits elsewhere."""
         program, rules, again = self.program, self.rules, frozenset()  # type: ignore[var-annotated]
         away: dict[tuple[str, int], str] = {}
-        if recompute or regather or offload:
+        elsewhere = stowed(program, state, self.known[1]) if state else {}
+        if recompute or regather or offload or elsewhere:
             known, names = self.known
             again, away = regathered(program, names, regather), offloaded(program, offload, names)
-            new = rewritten(program, known, names, recompute)
+            new = rewritten(program, known, names, recompute, elsewhere)
             program, rules = new.program, new.rules
         seed = self.conversions.random_costs
         return build(
@@ -101,6 +102,7 @@ class Task:
             regather=again,
             away=away,
             parked=parked(self.program, state, self.known[1]) if state else None,
+            stowed=elsewhere,
         )
 
 
