@@ -159,7 +159,8 @@ def _empty(like: Tensor) -> Tensor:
 def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = None, stowed: Collection[str] = ()) -> Memory:
     """Bytes at the peak of a lowered program by category, on the device at `coord` (the first, and fullest, when None).
 
-    stowed: the placeholders of parameters that wait elsewhere. `sum(...)` of the fields is the peak. Independent of the solver: only the program, its specs and the optimizer's state count.
+    stowed: the placeholders of parameters that wait elsewhere. `sum(...)` of the fields is the peak. Independent of the solver: only the
+    program, its specs and the optimizer's state count.
     """
     at = coord or (0,) * len(plan.sizes)
     walk, storages = _Walk(program, plan.sizes, at), Storages()

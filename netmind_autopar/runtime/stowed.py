@@ -51,7 +51,9 @@ def elsewhere(local: Tensor, tier: str, device: torch.device | None = None) -> T
         out = on_disk(_Like(local.shape, local.dtype, _contiguous(local.shape), local.numel() * local.element_size()))
         copy(out, local.detach())
         return out
-    return torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=(device or local.device).type == "cuda").copy_(local.detach())
+    return torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=(device or local.device).type == "cuda").copy_(
+        local.detach()
+    )
 
 
 def stow(tiers: Mapping[Tensor, str], device: torch.device) -> None:
