@@ -5,7 +5,7 @@ own ptxas and cuobjdump say the rest. A line per kernel, call, dtype and configu
 
     registers, spills (bytes of local memory, or instructions that use it), shared (bytes),
     loads, stores ({bits: instructions} of rows of elements in global memory),
-    single (instructions for what is one number a row, or written once by a program: statistics, labels, weights, partial sums), wgmma, dot
+    single (instructions for what is one number a row, or written once by a program: statistics, labels, weights, angles, partial sums), wgmma, dot
 
 The line that an access comes from says which of the two it is.
 """
@@ -28,8 +28,8 @@ from netmind_autopar.kernels.fused.launch import KERNELS, Config, Launch, record
 
 TARGET = ("cuda", 90, 32)
 ROWS = 4096
-# one number a row; the label's logit; what a program reads or writes once: weights, partial sums
-SINGLE = re.compile(r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\((dweight|dbias) \+ at")
+# one number a row; the label's logit; what a program reads or writes once: weights, angles, partial sums
+SINGLE = re.compile(r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\(at_[cs]\b|\((dweight|dbias) \+ at")
 NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -94,7 +94,7 @@ ROTATE = register(
     "rope",
     _rotate,
     (
-        Config(16, 32, 2), Config(32, 32, 4), Config(64, 16, 4), Config(64, 8, 2), Config(64, 32, 4), Config(128, 8, 4), Config(256, 4, 4),
+        Config(16, 32, 2), Config(32, 32, 4), Config(64, 16, 4), Config(64, 32, 8), Config(128, 8, 4), Config(256, 4, 4),
     ),
     whole=True,
 )  # fmt: skip
