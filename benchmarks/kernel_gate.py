@@ -5,7 +5,8 @@ own ptxas and cuobjdump say the rest. A line per kernel, call, dtype and configu
 
     registers, spills (bytes of local memory, or instructions that use it), shared (bytes),
     loads, stores ({bits: instructions} of rows of elements in global memory),
-    single (instructions for what is one number a row, or written once by a program: statistics, labels, weights, angles, partial sums), wgmma, dot
+    single (instructions for one number a row, or for what a program moves once: statistics, labels, weights, angles, partial sums),
+    wgmma, dot (whether there is one)
 
 The line that an access comes from says which of the two it is.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netmind_autopar.kernels.fused import cross_entropy, gated, language, norm_launch, rope
+from netmind_autopar.kernels.fused import cross_entropy, dropout_add, gated, language, norm_launch, rope
 from netmind_autopar.kernels.fused.launch import KERNELS, Config, Launch, recording
 
 TARGET = ("cuda", 90, 32)
@@ -78,6 +79,12 @@ CALLS: dict[str, dict[str, Callable[[int, Made], object]]] = {
     "rope": {
         label: lambda n, new, back=back, r=r: rope.rope(new(4, ROWS, 32, r * n).transpose(1, 2), new(ROWS, 2 * n), new(ROWS, 2 * n), back)
         for label, back, r in (("", False, 2), ("back", True, 2), ("partial", False, 4))
+    },
+    "dropout_add": {
+        label: lambda n, new, add=add, rows=rows: dropout_add.drop(
+            new(ROWS, n), new(ROWS, n) if add else None, new(dtype=torch.int64), 0.1, 3, [rows, 2 * n], [0, n], [ROWS, n]
+        )
+        for label, add, rows in (("", False, ROWS), ("add", True, ROWS), ("far", True, 1 << 24))
     },
     "cross_entropy.forward": {
         "whole": lambda n, new: cross_entropy.forward(new(ROWS, n), _labels(new), -100, 0.0),

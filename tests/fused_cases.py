@@ -18,6 +18,7 @@ def fused() -> Iterator[Case]:
             for back in (False, True):
                 yield "autopar.rope.default", (F(m, 6, n, 6), F(*angles), F(*angles), back), {}
         yield "autopar.rope.default", (F(1, m, n, 6), F(1, n, 6), F(1, n, 6), False), {}
+        yield "autopar.dropout_add.default", (F(m, 3, n), F(m, 3, n), torch.tensor(5), 0.4, 7, [m, 3, n], [0, 0, 0], [m, 3, n]), {}
         for smoothing in (0.0, 0.1):
             yield "autopar.cross_entropy.default", (F(m, n), I(n, m), 2, smoothing), {}
         yield "autopar.vocab_stats.default", (F(m, n), I(3 * n, m), n, 3 * n, 2), {}

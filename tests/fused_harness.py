@@ -21,6 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from netmind_autopar.kernels.counter import keep_mask  # noqa: E402 - also registers the ops
+
 BAR = 1.5  # of eager's error
 HALF, FLOATS = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
 
@@ -160,6 +164,40 @@ def entropy_case(n: int, c: int, smoothing: float, blocks: int = 1, **more: Any)
     return Case(name, lambda: {"x": normal(n, c, scale=4.0)}, ours, eager, ("x",), **more)
 
 
+def dropout_case(rows: int, n: int, p: float, **more: Any) -> Case:
+    """A block of columns of a tensor twice as wide."""
+    block = ([rows, 2 * n], [0, n], [rows, n])
+
+    def eager(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        keep = keep_mask(torch.tensor(3, device=x.device), 5, p, *block)
+        return (x * keep * (1 / (1 - p)) + residual,)
+
+    def ours(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        return (ops.dropout_add(x, residual, torch.tensor(3, device=x.device), p, 5, *block),)
+
+    name = f"dropout_add {rows}x{n} p {p}{' ' + more['layout'] if 'layout' in more else ''}"
+    return Case(name, lambda: {"x": normal(rows, n), "residual": normal(rows, n)}, ours, eager, ("x", "residual"), **more)
+
+
+BLOCKS = (
+    ([4, 6], [0, 0], [4, 6]), ([4, 6], [1, 2], [2, 3]), ([2, 3, 50], [1, 0, 7], [1, 3, 40]), ([2, 3, 5, 7], [0, 1, 0, 2], [2, 2, 5, 4]),
+    ([3, 70000, 40000], [1, 3, 5], [2, 2, 33]), ([3, 70000, 40000], [0, 53687, 0], [1, 2, 40000]), ([1], [0], [1]), ([], [], []),
+    ([5, 9], [0, 4], [5, 1]), ([1 << 40], [(1 << 33) - 5], [10]), ([2, 3, 5, 7], [0, 1, 1, 2], [2, 2, 3, 4]),
+)  # fmt: skip
+
+
+def masks(device: str = "cpu") -> Iterator[dict[str, Any]]:
+    """Whether `autopar::dropout` and `dropout_add` keep, bit for bit, what the reference keeps."""
+    for parts, starts, lengths in BLOCKS:
+        for seed, salt, p in ((7, 0, 0.4), (-3, 12, 0.9), (1 << 40, 3, 0.01)):
+            s, x = torch.tensor(seed, device=device), torch.ones(lengths, device=device)
+            keep = keep_mask(s, salt, p, parts, starts, lengths).view(x.shape)
+            block = (s, p, salt, parts, starts, lengths)
+            found = [ops.dropout(x, *block), ops.dropout_add(x, -torch.ones_like(x), *block) + 1]
+            equal = all(torch.equal(y != 0, keep) for y in found)
+            yield {"case": f"mask {parts} {starts} {lengths} {seed} {salt} {p}", "equal": equal}
+
+
 class SplitLoss(torch.autograd.Function):
     """The loss over a vocabulary in uneven blocks: what devices compute, without the devices."""
 
@@ -220,6 +258,9 @@ def cases() -> Iterator[Case]:
     yield entropy_case(6, 4099, 0.0, **quick, kernels=frozenset({"cross_entropy.forward", "cross_entropy.backward"}))
     yield entropy_case(11, 1000, 0.1, quick=True)
     yield entropy_case(7, 1001, 0.0, 3, **quick, kernels=frozenset({"cross_entropy.combine"}))
+    yield dropout_case(7, 33, 0.3, **quick, kernels=frozenset({"dropout_add"}))
+    for layout in ("dense", "gaps", "apart"):
+        yield dropout_case(9, 1200, 0.1, layout=layout)
     for n, c in ((1, 1), (37, 7), (4, 9000), (3, 16384)):
         for layout in ("dense", "gaps", "apart"):
             yield entropy_case(n, c, 0.0, layout=layout)
@@ -304,15 +345,19 @@ def round_as_devices_do() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--masks", action="store_true", help="compare dropout's masks instead")
     parser.add_argument("--all", action="store_true", help="every case in every dtype, not the quick ones")
     parser.add_argument("names", nargs="*", help="only cases whose name contains one of these")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     from netmind_autopar.kernels.fused import language, launch
 
     torch.set_num_threads(1)
     if language.INTERPRETED:
         round_as_devices_do()
+    if args.masks:
+        for row in masks():
+            print(json.dumps({**row, "launches": launch.counts().get("dropout_add", 0)}), flush=True)
+        return 0
     bad = 0
     for case in cases():
         if not (args.all or case.quick) or (args.names and not any(n in case.name for n in args.names)):
@@ -329,7 +374,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    import netmind_autopar.kernels  # noqa: F401 - registers the ops
-
     sys.exit(main())

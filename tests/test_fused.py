@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_harness import BAR, cases, measure, verdict
+from fused_harness import BAR, BLOCKS, cases, masks, measure, verdict
 from torch import Tensor
 
 from netmind_autopar.ir.errors import InputError
@@ -67,6 +67,23 @@ def test_kernels_on_a_device_are_as_exact_as_eager(case: Any) -> None:
         before = sum(launch.counts().values())
         assert [why for row in measure(case, dtype, "cuda") if (why := verdict(row))] == []
         assert sum(launch.counts().values()) > before
+
+
+def test_masks_of_the_interpreted_kernel_are_those_of_the_reference() -> None:
+    rows = interpreted("--masks")
+    assert [row["case"] for row in rows if not row["equal"]] == []
+    assert len(rows) == 3 * len(BLOCKS) and rows[-1]["launches"] == 2 * 3 * (len(BLOCKS) - 1), (
+        "the last block has four loops: the reference"
+    )
+
+
+@pytest.mark.gpu
+def test_masks_on_a_device_are_those_of_a_cpu() -> None:
+    here = {row["case"]: row["equal"] for row in masks("cuda")}
+    assert all(here.values())
+    block = (0.5, 3, [64, 4096], [0, 0], [64, 4096])
+    on = [ops.dropout(torch.ones(64, 4096, device=d), torch.tensor(9, device=d), *block).cpu() for d in ("cpu", "cuda")]
+    assert torch.equal(*on)
 
 
 def test_a_wrong_number_is_seen() -> None:
@@ -143,6 +160,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "rope": (ops.rope, (rand(2, 3, 4, 6), cos, sin, False)),
         "rope back": (ops.rope, (rand(2, 3, 4, 4).transpose(1, 2).contiguous().transpose(1, 2), cos, sin, True)),
         "cross_entropy": (ops.cross_entropy, (rand(4, 6), target, -100, 0.0)),
+        "dropout_add": (ops.dropout_add, (x, r, torch.tensor(3), 0.5, 2, [3, 8, 6], [0, 4, 0], [3, 4, 6])),
         "cross_entropy smoothed": (ops.cross_entropy, (rand(4, 6), target, -100, 0.3)),
     }
 
@@ -252,6 +270,9 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "labels by probability": (ops.cross_entropy, (X[0], X[0, :, 0], -100, 0.0), "target is float32[3]"),
     "too many labels": (ops.vocab_stats, (X[0], LABELS, 0, 4, -100), "target is int64[4]"),
     "a block beyond the classes": (ops.vocab_stats, (X[0], LABELS[:3], 2, 5, -100), "classes 2 to 6 of 5"),
+    "a chance above one": (ops.dropout_add, (X, X, torch.tensor(0), 1.5, 0, [24], [0], [24]), "p is 1.5"),
+    "a float for a seed": (ops.dropout_add, (X, X, torch.tensor(0.5), 0.5, 0, [24], [0], [24]), "seed is torch.float32 []"),
+    "a block of another size": (ops.dropout_add, (X, X, torch.tensor(0), 0.5, 0, [24], [0], [23]), "lengths [23] for 24 elements"),
     "what are no statistics": (ops.vocab_combine, (X[:, :2],), "stats is float32[2, 2, 4]"),
 }
 

@@ -15,6 +15,7 @@ ROWS = {
     "autopar.gated.default": "..., *... -> ...",
     "autopar.gated_backward.default": "*..., ..., ... -> ..., ...",
     "autopar.rope.default": "rotary",
+    "autopar.dropout_add.default": "..., ..., -> ... | parts=parts starts=starts lengths=lengths",
     "autopar.cross_entropy.default": "n c!, n -> n, n",
     "autopar.vocab_stats.default": "n c!, n -> 1 t! n",
     "autopar.vocab_combine.default": "k! t! n -> n, n",
