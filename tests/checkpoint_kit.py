@@ -565,7 +565,59 @@ def terminated(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"status": [ended.get(pid) for pid in pids], "said": said, "seconds": seconds, "steps": steps}
 
 
-CASES = {"pair": save_and_load, "kills": kills, "corruptions": corruptions, "trouble": trouble, "terminated": terminated}
+def by_rank(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """State that differs from rank to rank, averaged weights that lie as the parameters do, and who may load them."""
+    place = folder / "by-rank"
+    for world in (1, 2, 3):
+        prepared("mlp", f"a={world}", 1)
+
+    def averaged(run: Run) -> torch.nn.Module:
+        out = torch.nn.Module()
+        for name, p in run.pm.named_parameters():
+            out.register_parameter(name.replace(".", "_"), torch.nn.Parameter(p.detach() * 2))
+        out.register_buffer("count", torch.tensor(7))
+        return out
+
+    def saving(rank: int) -> Any:
+        run = Run("mlp", "a=2", 1)
+        run.step()
+        for _ in range(rank):
+            torch.rand(1), random.random()
+        parts = {**run.parts(), "data": {"seen": 10 + case["differs"] * rank, "order": torch.arange(40000) + case["differs"] * rank}}
+        with Checkpoints(place) as checkpoints:
+            checkpoints.save(1, **parts, extra={"ema": averaged(run), "note": ("x", rank * 0)})
+        return [torch.rand(1).item(), random.random()]
+
+    def loading(world: int) -> Callable[[int], Any]:
+        def work(rank: int) -> Any:
+            run = Run("mlp", f"a={world}", 1)
+            ema = averaged(run)
+            found = Checkpoints(place).load_latest(**{**run.parts(), "data": None}, extra={"ema": ema})
+            assert found is not None
+            drawn = [torch.rand(1).item(), random.random()]
+            doubled = [torch.equal(a.to_local(), b.to_local() * 2) for a, b in zip(ema.parameters(), run.pm.parameters(), strict=True)]
+            return {
+                "seen": found.data["seen"],
+                "order": found.data["order"][0].item(),
+                "drawn": drawn,
+                "doubled": all(doubled),
+                "note": found.extra["note"],
+            }
+
+        return work
+
+    saved = fork(2, saving, folder)
+    return {"saved": saved, "loaded": {world: fork(world, loading(world), folder) for world in (2, 1, 3)}}
+
+
+CASES = {
+    "by rank": by_rank,
+    "pair": save_and_load,
+    "kills": kills,
+    "corruptions": corruptions,
+    "trouble": trouble,
+    "terminated": terminated,
+}
 
 
 def main() -> None:
