@@ -1,6 +1,6 @@
-"""Optimizers whose steps depend on norms of whole parameters, exact also where parameters are split over devices.
+"""Optimizers whose steps depend on norms of whole parameters, and loss scaling, exact also where parameters are split over devices.
 
-torch.optim has neither. Both take plain tensors and DTensors, as a `ParallelModule` has them: with split parameters every device works
+torch.optim has neither LARS nor LAMB. Both take plain tensors and DTensors, as a `ParallelModule` has them: with split parameters every device works
 on its piece, and one all-reduce per mesh brings the squares of all norms together.
 
     LARS    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv:1708.03888, algorithm 1
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from .ir.errors import InputError
-from .runtime.norms import local_of, sums_over_meshes, written
+from .runtime.norms import MAX, local_of, reduced, sums_over_meshes, written
 
-__all__ = ["LAMB", "LARS"]
+__all__ = ["LAMB", "LARS", "GradScaler"]
 
 
 class LARS(Optimizer):
@@ -119,6 +120,33 @@ class LAMB(Optimizer):
         v.mul_(b2).addcmul_(g, g, value=1 - b2)
         root = (v / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
         return (m / (1 - b1 ** state["step"])).div_(root).add_(w, alpha=group["weight_decay"])
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch.amp.GradScaler for split gradients: an overflow on one device is one on all, so that all leave out the same step.
+
+    With torch's own each device decides by its piece alone (PyTorch 2.13), and parameters drift apart.
+    """
+
+    def _unscale_grads_(self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> dict[torch.device, Tensor]:
+        gradients = [p.grad for p, _ in _with_gradients(optimizer)]
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        found: dict[torch.device, Tensor] = {}
+        for g in gradients:
+            if g.dtype == torch.float16 and not allow_fp16:
+                raise InputError(
+                    "gradients in float16 cannot be unscaled",
+                    why="they would underflow",
+                    try_="parameters in float32, with autocast in the model",
+                )
+            by_kind.setdefault((local_of(g).device, g.dtype), []).append(local_of(g))
+        for (device, _), locals_ in by_kind.items():
+            found.setdefault(device, found_inf.to(device, copy=True))
+            torch._amp_foreach_non_finite_check_and_unscale_(locals_, found[device], inv_scale.to(device))
+        for mesh, device in {g.device_mesh: local_of(g).device for g in gradients if isinstance(g, DTensor)}.items():
+            reduced(found[device], mesh, MAX)
+        written(gradients)
+        return found
 
 
 def _with_gradients(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from netmind_autopar import ParallelModule, Plan, autoparallelize
-from netmind_autopar.optim import LAMB, LARS
+from netmind_autopar.optim import LAMB, LARS, GradScaler
 from netmind_autopar.runtime import norms
 from netmind_autopar.runtime.dtensors import torch_placements
 from netmind_autopar.verification import relative_error
@@ -178,15 +179,16 @@ def with_bug(case: dict) -> dict[str, Any]:
         norms.reduced, norms.counts_here = kept
 
 
-def as_rank_has_it(pm: ParallelModule, inputs: dict[str, Tensor], first: dict[str, Tensor]) -> dict[str, Any]:
-    """A batch as a rank gives it: whole, or with inputs="local" its pieces, as DTensors for every batch but the first's shape."""
+def as_rank_has_it(pm: ParallelModule, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """A batch as a rank gives it: whole, or with inputs="local" its piece; as a DTensor where pieces are unequal."""
     if pm.plan.inputs == "global":
         return inputs
     specs = dict(zip((i.name for i in pm._graph.roles.users), pm._graph.roles.user_specs, strict=True))
     out = {}
     for name, value in inputs.items():
         dealt = distribute_tensor(value, pm._mesh, torch_placements(specs[name]))
-        out[name] = dealt.to_local() if value.shape == first[name].shape else dealt
+        even = all(not p.is_shard() or value.shape[p.dim] % n == 0 for p, n in zip(dealt.placements, pm._mesh.shape, strict=True))
+        out[name] = dealt.to_local() if even else dealt
     return out
 
 
@@ -205,7 +207,7 @@ def shapes(case: dict) -> dict[str, Any]:
                 module.train(train)
                 optimizer.zero_grad()
                 with torch.set_grad_enabled(train):
-                    loss = loss_of(call(module, as_rank_has_it(pm, given, inputs) if module is pm else given))
+                    loss = loss_of(call(module, as_rank_has_it(pm, given) if module is pm else given))
                 if train:
                     loss.backward()
                     optimizer.step()
@@ -217,4 +219,65 @@ def shapes(case: dict) -> dict[str, Any]:
     return found
 
 
-CASES: dict[str, Callable[[dict], dict[str, Any]]] = {"accumulate": accumulate, "loop": loop, "bug": with_bug, "shapes": shapes}
+AVERAGES: dict[str, Callable[[nn.Module], AveragedModel]] = {
+    "swa": AveragedModel,
+    "ema": lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    "ema one by one": lambda m: AveragedModel(m, avg_fn=get_ema_avg_fn(0.9)),
+}
+
+
+def overflow(grad: Tensor) -> None:
+    whole = torch.zeros(grad.shape, dtype=grad.dtype)
+    whole[-1, -1] = float("inf")
+    grad += distribute_tensor(whole, grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else whole
+
+
+def averages(case: dict) -> dict[str, Any]:
+    """Three steps with averaged parameters, loss scaling on and off, and a step that overflows; everything against one device."""
+    model, inputs = odd()
+    original = copy.deepcopy(model)
+    pm = planned(case, model, inputs)
+    sides = []
+    for module in (pm, original):
+        optimizer = OPTIMIZERS[case["optimizer"]](module.parameters())
+        sides.append(
+            (
+                module,
+                optimizer,
+                AVERAGES[case["average"]](module),
+                (GradScaler if module is pm else torch.amp.GradScaler)("cpu", init_scale=8.0),
+            )
+        )
+    scales = []
+    for step in range(4):
+        for module, optimizer, average, scaler in sides:
+            optimizer.zero_grad()
+            loss = loss_of(call(module, inputs))
+            scaler.scale(loss * (float("inf") if step == 1 else 1.0)).backward()
+            if step == 2:  # one element of all, on one device alone where the plan splits it
+                overflow(module.get_parameter("up.weight").grad)  # type: ignore[arg-type]
+            if step != 2:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            average.update_parameters(module)
+            scales.append(scaler.get_scale())
+    assert scales[::2] == scales[1::2] and min(scales) < 8.0, scales
+    found = {"parameter": 0.0, "average": 0.0}
+    for kind, (ours, theirs) in {"parameter": (pm, original), "average": (sides[0][2].module, sides[1][2].module)}.items():
+        for name, p in theirs.named_parameters():
+            found[kind] = max(found[kind], relative_error(p.detach(), full(ours.get_parameter(name).detach())))
+    with torch.no_grad():
+        both = [float(loss_of(call(average, inputs))) for _, _, average, _ in sides]
+    found["loss"] = abs(both[0] - both[1]) / both[1]
+    return found
+
+
+CASES: dict[str, Callable[[dict], dict[str, Any]]] = {
+    "accumulate": accumulate,
+    "loop": loop,
+    "bug": with_bug,
+    "shapes": shapes,
+    "averages": averages,
+}

@@ -115,7 +115,7 @@ def test_inputs_may_be_dtensors(mesh: DeviceMesh) -> None:
 
 
 def test_refusals_at_run_time(mesh: DeviceMesh) -> None:
-    pm = autoparallelize(Net(), net_inputs(), mesh)
+    pm = autoparallelize(Net(), net_inputs(), mesh, strict_shapes=True)
     for wrong in ({"ids": IDS[:4], "labels": IDS[:4]}, {"ids": IDS.int(), "labels": IDS}, {"ids": IDS}):
         with pytest.raises(ShapeError):
             pm(**wrong)

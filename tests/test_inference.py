@@ -367,7 +367,7 @@ def test_backward_is_refused(mesh: DeviceMesh) -> None:
 
 def test_the_other_mode_of_the_model_is_refused(mesh: DeviceMesh) -> None:
     model, inputs = models.mlp(dropout=0.5)
-    pm = autoparallelize(model.eval(), inputs, mesh, mode="inference")
+    pm = autoparallelize(model.eval(), inputs, mesh, mode="inference", strict_shapes=True)
     pm.train()
     with pytest.raises(InputError, match="eval mode"):
         call(pm, inputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gloo_training import OPTIMIZERS, SCHEDULERS
+from gloo_training import AVERAGES, OPTIMIZERS, SCHEDULERS
 from test_gloo import launch
 from torch import Tensor
 
@@ -109,3 +109,13 @@ def test_a_norm_of_pieces_is_seen(tmp_path: Path) -> None:
 @pytest.mark.gloo
 def test_loops_equal_one_device(tmp_path: Path) -> None:
     agree(matrix(), launch(2, matrix(), tmp_path))
+
+
+@pytest.mark.gloo
+def test_averages_and_loss_scaling(tmp_path: Path) -> None:
+    plans = (PLANS[0]["options"], {"random_costs": 3})
+    work = [
+        {"training": "averages", "model": "odd", "mesh": (2,), "average": name, "options": plan, "optimizer": optimizer}
+        for name, plan, optimizer in zip(AVERAGES, plans * 2, ("sgd", "adamw fused", "lamb"), strict=False)
+    ]
+    agree(work, launch(2, work, tmp_path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +51,13 @@ Planner = Callable[[Asked], tuple[str, Callable[[], tuple[Executable, Plan]]]]
 class Graphs:
     """All graphs of a module, the one that was used last first."""
 
-    def __init__(self, pm: ParallelModule, first: Graph, planner: Planner | None) -> None:
-        self.first, self.all, self.planner = first, [first], planner
+    def __init__(self, pm: ParallelModule, all_: Sequence[Graph], planner: Planner | None) -> None:
+        self.first, self.all, self.planner = all_[0], list(all_), planner
         self.slots = [(m._parameters, leaf, f"{path}.{leaf}".lstrip(".")) for path, m in pm.named_modules() for leaf in m._parameters]
-        first.modes, first.trained = {pm.training}, self.trained()
+
+    def of(self, pm: ParallelModule) -> Graphs:
+        """The same graphs for a copy of the module."""
+        return Graphs(pm, [self.first, *(g for g in self.all if g is not self.first)], self.planner)
 
     def trained(self) -> frozenset[str]:
         """The names of parameters that want a gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -67,7 +68,20 @@ class ParallelModule(nn.Module):
         park({self.get_parameter(name): tier for name, tier in {**executable.parked, **executable.stowed}.items()})
         drop_after_loading(self)
         self.train(executable.training)
-        self._graphs = Graphs(self, self._graph, planner)
+        self._graphs = Graphs(self, [self._graph], planner)
+        self._graph.trained = self._graphs.trained()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """A module with parameters and buffers of its own, on the same mesh with the same plans; for averages of parameters."""
+        for p in self.parameters():
+            memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        shared = ("_executable", "_plan", "_mesh", "_wire", "_place", "_graph")
+        memo.update({id(self.__dict__[name]): self.__dict__[name] for name in shared})
+        memo[id(self._graphs)] = None  # made anew
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        new._graphs = self._graphs.of(new)
+        return new
 
     def _bind(self, executable: Executable, plan: Plan) -> Graph:
         """Another graph, or the first, on this device."""
