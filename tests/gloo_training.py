@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 from netmind_autopar import ParallelModule, Plan, autoparallelize
 from netmind_autopar.optim import LAMB, LARS, GradScaler
@@ -274,10 +275,60 @@ def averages(case: dict) -> dict[str, Any]:
     return found
 
 
+class Samples(Dataset[dict[str, Tensor]]):
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(7)
+        self.x, self.y = torch.randn(21, 7, generator=draw).double(), torch.randn(21, 5, generator=draw).double()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"x": self.x[i], "y": self.y[i]}
+
+
+def epoch(case: dict) -> dict[str, Any]:
+    """One and a half epochs over 21 samples in batches of six; left and taken up again in the middle."""
+    model, inputs = odd()
+    original, samples = copy.deepcopy(model), Samples()
+    pm = planned(case, model, inputs)
+    ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (pm, original))
+    batches = pm.batches(len(samples), seed=5)
+    read = batches.read(DataLoader(samples, batch_sampler=batches))
+    losses: list[float] = []
+    for step in range(6):
+        batch = next(read, None)
+        if batch is None or step == 2:  # an epoch ends; or the run is left, and another one goes on
+            state = batches.state_dict() if batch is not None else None
+            batches = batches if state is None else pm.batches(len(samples), seed=5)
+            if state:
+                batches.load_state_dict({**state, "position": state["position"] - 6})
+            read = batches.read(DataLoader(samples, batch_sampler=batches))
+            batch = next(read)
+        ours.zero_grad()
+        loss = pm(**batch)["loss"]
+        loss.backward()
+        ours.step()
+        losses.append(float(loss))
+    wanted: list[float] = []
+    for number in range(2):
+        order = torch.randperm(21, generator=torch.Generator().manual_seed(5 + number))
+        for rows in order.split(6)[: 4 if number == 0 else 2]:
+            theirs.zero_grad()
+            loss = original(samples.x[rows], samples.y[rows])["loss"]
+            loss.backward()
+            theirs.step()
+            wanted.append(float(loss))
+    whole = pm.local_batch(**inputs)
+    error = abs(float(pm(**whole)["loss"]) - float(original(**inputs)["loss"]))
+    return {"loss": max(abs(a - b) for a, b in zip(losses, wanted, strict=True)), "whole": error}
+
+
 CASES: dict[str, Callable[[dict], dict[str, Any]]] = {
     "accumulate": accumulate,
     "loop": loop,
     "bug": with_bug,
     "shapes": shapes,
     "averages": averages,
+    "epoch": epoch,
 }

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 
-from ..ir.errors import ShapeError
+from ..ir.errors import InputError, ShapeError
 from ..ir.plan import Plan
 from ..ir.program import Input
 from ..ir.spec import local_shape
-from . import infer, norms
+from . import data, infer, norms
 from .accumulate import Waiting
 from .agree import together
 from .collectives import ProcessWire
@@ -145,6 +145,21 @@ class ParallelModule(nn.Module):
         """
         signature = self._executable.signature
         return signature.rebuild(list(infer.shard_inputs(self._graph, signature.pack(args, kwargs))))
+
+    def local_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """A call's tensors, whole on every device and of any number of rows, as this device's pieces: `pm(**pm.local_batch(**batch))`.
+
+        DTensors that lie as the plan has its inputs; the tensors themselves with inputs="global". Arguments all by name or all by position.
+        """
+        if args and kwargs:
+            raise InputError("arguments by position and by name", where="local_batch", try_="all of them by name")
+        batch: Any = kwargs if kwargs else args
+        total = next(t.shape[0] for t in self._graph.executable.signature.pack(args, kwargs) if t.dim())
+        return data.placed(self._graphs.first, batch, total, (0, total))
+
+    def batches(self, size: int, **options: Any) -> data.Batches:
+        """A batch sampler over a data set of `size` samples, by which each device reads its own rows; options of `data.Batches`."""
+        return data.Batches(self._graphs.first, size, **options)
 
     def no_sync(self, active: bool = True) -> AbstractContextManager[None]:
         """Calls of the module inside keep their gradients back on each device: they are added up, and the first call outside reduces
