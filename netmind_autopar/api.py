@@ -42,6 +42,7 @@ from .solver.pins import Pin
 from .solver.recipes import Baseline
 from .tracer.capture import capture
 from .tracer.hash import graph_hash
+from .tracer.torch_private import peak_of
 
 Progress = Callable[[str], None]
 
@@ -171,7 +172,7 @@ def autoparallelize(
     executable = compile_(program, found, model.training)
     later = None if strict_shapes else planner(model, look, lambda program, pins: decide(program, pins=pins), compile_)
     return ParallelModule(
-        executable, model, found, torch_mesh, gather_outputs=outputs == "global", weights=weights, init=init, planner=later
+        executable, model, found, torch_mesh, gather_outputs=outputs == "global", weights=weights, init=init, planner=later, peak_of=peak_of
     )
 
 

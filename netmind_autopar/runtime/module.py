@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..ir.errors import InputError, ShapeError
 from ..ir.plan import Plan
 from ..ir.program import Input
 from ..ir.spec import local_shape
-from . import data, infer, norms
+from . import data, infer, memory, norms
 from .accumulate import Waiting
 from .agree import together
 from .collectives import ProcessWire
@@ -50,6 +50,7 @@ class ParallelModule(nn.Module):
         *,
         gather_outputs: bool = False,
         planner: Planner | None = None,
+        peak_of: memory.PeakOf | None = None,
         weights: Any = None,
         init: Init | None = None,
     ) -> None:
@@ -60,7 +61,7 @@ class ParallelModule(nn.Module):
         device = _device(device_mesh)
         self._wire = ProcessWire(groups, sizes, coord)
         self._place = Place(plan.axis_names, sizes, coord, device, self._wire, executable.constants)
-        self._waiting = Waiting()
+        self._waiting, self._peak_of = Waiting(), peak_of
         self._adopt(model, sizes, coord, device, weights, init)
         self._config = configuration(model)
         self._graph = self._bind(executable, plan)
@@ -160,6 +161,13 @@ class ParallelModule(nn.Module):
     def batches(self, size: int, **options: Any) -> data.Batches:
         """A batch sampler over a data set of `size` samples, by which each device reads its own rows; options of `data.Batches`."""
         return data.Batches(self._graphs.first, size, **options)
+
+    def memory_report(
+        self, step: Callable[[], Any] | None = None, *, optimizer: torch.optim.Optimizer | None = None, batch: Any = None
+    ) -> memory.MemoryReport:
+        """Planned beside measured bytes. step: a function that makes one training step, run once while memory is watched; on CUDA it may
+        be left out. optimizer, batch: what else lies in memory during it."""
+        return memory.report(self, step, optimizer, batch)
 
     def no_sync(self, active: bool = True) -> AbstractContextManager[None]:
         """Calls of the module inside keep their gradients back on each device: they are added up, and the first call outside reduces

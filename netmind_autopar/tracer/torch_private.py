@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -335,3 +335,15 @@ def saving_hooks(note: Callable[[], None]) -> Any:
 def recorder(run: Callable[[Any, tuple, dict[str, Any]], Any]) -> Any:
     """A context in which every op, after autograd, is what `run` returns for (op, args, kwargs)."""
     return _Recorder(run)
+
+
+def peak_of(run: Callable[[], Any], held: Sequence[Any]) -> int:
+    """Bytes alive on the CPU at the peak of `run`: the tensors it makes, and those of these modules, optimizers and tensors."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(*held)
+    with tracker:
+        run()
+    found = tracker.get_tracker_snapshot("peak")
+    return int(found[torch.device("cpu")]["Total"])
