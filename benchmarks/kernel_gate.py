@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netmind_autopar.kernels.fused import cross_entropy, dropout_add, gated, language, norm_launch, rope
+from netmind_autopar.kernels.fused import adamw, cross_entropy, dropout_add, gated, language, norm_launch, rope
 from netmind_autopar.kernels.fused.launch import KERNELS, Config, Launch, recording
 
 TARGET = ("cuda", 90, 32)
 ROWS = 4096
 # one number a row; the label's logit; what a program reads or writes once: weights, angles, partial sums
-SINGLE = re.compile(r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\(at_[cs]\b|\((dweight|dbias) \+ at")
+SINGLE = re.compile(
+    r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\(at_[cs]\b|tl\.load\((seed|scale)\)|\((dweight|dbias) \+ at"
+)
 NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -59,6 +61,13 @@ def _norm_backward(center: bool, add: bool) -> Callable[[int, Made], object]:
     return call
 
 
+def _adamw(n: int, new: Made, more: bool) -> None:
+    """Parameters and state in float32; the gradient, and the copy, in the dtype."""
+    p, m, v = (new(ROWS * n, dtype=torch.float32) for _ in range(3))
+    copy, scale = (new(ROWS * n), new(dtype=torch.float32)) if more else (None, None)
+    adamw.adamw_(p, new(ROWS * n), m, v, copy, scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3)
+
+
 def _labels(new: Made) -> Tensor:
     return new(ROWS, dtype=torch.int64)
 
@@ -80,6 +89,7 @@ CALLS: dict[str, dict[str, Callable[[int, Made], object]]] = {
         label: lambda n, new, back=back, r=r: rope.rope(new(4, ROWS, 32, r * n).transpose(1, 2), new(ROWS, 2 * n), new(ROWS, 2 * n), back)
         for label, back, r in (("", False, 2), ("back", True, 2), ("partial", False, 4))
     },
+    "adamw": {"": lambda n, new: _adamw(n, new, False), "scaled, with a copy": lambda n, new: _adamw(n, new, True)},
     "dropout_add": {
         label: lambda n, new, add=add, rows=rows: dropout_add.drop(
             new(ROWS, n), new(ROWS, n) if add else None, new(dtype=torch.int64), 0.1, 3, [rows, 2 * n], [0, n], [ROWS, n]

@@ -164,6 +164,31 @@ def entropy_case(n: int, c: int, smoothing: float, blocks: int = 1, **more: Any)
     return Case(name, lambda: {"x": normal(n, c, scale=4.0)}, ours, eager, ("x",), **more)
 
 
+def adamw_case(n: int, step: int, more: bool, **rest: Any) -> Case:
+    """One step of torch.optim.AdamW on a state that has seen some; parameters and state in the dtype."""
+    numbers = (1e-2, 0.9, 0.95, 1e-8, 0.1, step)
+
+    def make() -> dict[str, Tensor]:
+        return {"p": normal(n), "grad": normal(n), "m": normal(n, scale=0.1), "v": normal(n).square() * 0.1, "scale": torch.tensor(0.5)}
+
+    def ours(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        p, m, v, copy = p.clone(), m.clone(), v.clone(), torch.empty_like(p)
+        ops.adamw_(p, grad, m, v, copy if more else None, scale if more else None, *numbers)
+        assert not more or torch.equal(copy, p)
+        return p, m, v
+
+    def eager(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        parameter = torch.nn.Parameter(p.clone())
+        optimizer = torch.optim.AdamW([parameter], numbers[0], numbers[1:3], numbers[3], numbers[4], foreach=False)
+        parameter.grad = grad * scale if more else grad.clone()
+        state = {"step": torch.tensor(float(step - 1)), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+        optimizer.state[parameter] = state
+        optimizer.step()
+        return parameter.detach(), state["exp_avg"], state["exp_avg_sq"]
+
+    return Case(f"adamw {n} step {step}{' scaled' if more else ''}", make, ours, eager, (), **rest)
+
+
 def dropout_case(rows: int, n: int, p: float, **more: Any) -> Case:
     """A block of columns of a tensor twice as wide."""
     block = ([rows, 2 * n], [0, n], [rows, n])
@@ -258,6 +283,9 @@ def cases() -> Iterator[Case]:
     yield entropy_case(6, 4099, 0.0, **quick, kernels=frozenset({"cross_entropy.forward", "cross_entropy.backward"}))
     yield entropy_case(11, 1000, 0.1, quick=True)
     yield entropy_case(7, 1001, 0.0, 3, **quick, kernels=frozenset({"cross_entropy.combine"}))
+    yield adamw_case(1500, 3, True, **quick, kernels=frozenset({"adamw"}))
+    yield adamw_case(1024, 1, False)
+    yield adamw_case(1, 1000, True)
     yield dropout_case(7, 33, 0.3, **quick, kernels=frozenset({"dropout_add"}))
     for layout in ("dense", "gaps", "apart"):
         yield dropout_case(9, 1200, 0.1, layout=layout)
@@ -305,7 +333,7 @@ def _run(fn: Any, given: dict[str, Tensor], case: Case, grads: list[Tensor] | No
     dtype = next(iter(given.values())).dtype
     # the gradients that arrive are those of the dtype for all, so that only what is computed differs
     arriving = [g.to(torch.float16 if dtype == torch.float16 else torch.bfloat16).to(o) for g, o in zip(grads, outs, strict=True)]
-    found = torch.autograd.grad(outs, [given[k] for k in case.leaves], arriving)
+    found = torch.autograd.grad(outs, [given[k] for k in case.leaves], arriving) if case.leaves else ()
     named = {f"out{i}": o for i, o in enumerate(outs)} | {f"d{k}": g for k, g in zip(case.leaves, found, strict=True)}
     return {k: v.detach() for k, v in named.items()}, grads
 

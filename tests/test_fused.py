@@ -191,6 +191,17 @@ def test_backward_ops_and_pieces_of_the_loss_pass_opcheck() -> None:
     torch.library.opcheck(ops.vocab_combine.default, (stats,))
 
 
+def test_a_step_of_adamw_writes_what_it_says() -> None:
+    p, grad, m, v = rand(5), rand(5), rand(5), rand(5).square()
+    torch.library.opcheck(ops.adamw_.default, (p, grad, m, v, rand(5), torch.tensor(0.5), 1e-2, 0.9, 0.95, 1e-8, 0.1, 2))
+    whole = [t.clone() for t in (p, m, v)]
+    ops.adamw_(whole[0], grad, *whole[1:], None, None, 1e-2, 0.9, 0.95, 1e-8, 0.1, 2)
+    for cut in (slice(0, 2), slice(2, 5)):  # a shard is stepped as the whole is
+        parts = [t[cut].clone() for t in (p, m, v)]
+        ops.adamw_(parts[0], grad[cut], *parts[1:], None, None, 1e-2, 0.9, 0.95, 1e-8, 0.1, 2)
+        assert all(torch.equal(a, b[cut]) for a, b in zip(parts, whole, strict=True))
+
+
 def test_only_the_sum_may_be_used() -> None:
     """The gradient of a norm that nothing uses is that of its residual sum alone."""
     x, r, w = (t.requires_grad_() for t in (rand(2, 5), rand(2, 5), rand(5)))
@@ -273,6 +284,10 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "a chance above one": (ops.dropout_add, (X, X, torch.tensor(0), 1.5, 0, [24], [0], [24]), "p is 1.5"),
     "a float for a seed": (ops.dropout_add, (X, X, torch.tensor(0.5), 0.5, 0, [24], [0], [24]), "seed is torch.float32 []"),
     "a block of another size": (ops.dropout_add, (X, X, torch.tensor(0), 0.5, 0, [24], [0], [23]), "lengths [23] for 24 elements"),
+    "a step before the first": (ops.adamw_, (*[X[0, 0]] * 4, None, None, 1e-3, 0.9, 0.9, 1e-8, 0.0, 0), "step 0"),
+    "a beta of one": (ops.adamw_, (*[X[0, 0]] * 4, None, None, 1e-3, 0.9, 1.0, 1e-8, 0.0, 1), "betas 0.9 and 1.0"),
+    "a scale for each": (ops.adamw_, (*[X[0, 0]] * 4, None, X[0, 0], 1e-3, 0.9, 0.9, 1e-8, 0.0, 1), "scale is float32[4]"),
+    "a gradient of another shape": (ops.adamw_, (X[0, 0], X[0], *[X[0, 0]] * 2, None, None, 1e-3, 0.9, 0.9, 1e-8, 0.0, 1), "grad is"),
     "what are no statistics": (ops.vocab_combine, (X[:, :2],), "stats is float32[2, 2, 4]"),
 }
 
