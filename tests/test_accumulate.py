@@ -59,11 +59,26 @@ def wide(batch: int = 8) -> tuple[nn.Module, dict[str, Tensor]]:
     return Wide().double(), {"x": torch.randn(batch, 12, dtype=torch.float64, requires_grad=True), "y": torch.randn(batch, 12).double()}
 
 
+class Half(Wide):
+    """Computes in bfloat16 with float32 parameters, whose gradients are reduced in bfloat16."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            z = self.down(torch.relu(self.up(x)))
+        return (z.float() - y).square().mean(), z
+
+
+def half(batch: int = 8) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Half(), {"x": torch.randn(batch, 12), "y": torch.randn(batch, 12)}
+
+
 CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "wide": wide,
     "gpt2": functools.partial(models.gpt2, dropout=0.1),
     "bert": models.bert,
     "mlp": models.mlp,
+    "half": half,
 }
 
 
@@ -120,7 +135,11 @@ def on_every_rank(plan: Plan, constants: Any, work: Callable[[int, Place], Any])
 
 class Sums(dict[int, Tensor]):
     def give(self, i: int, x: Tensor) -> None:
-        self[i] = self[i] + x if i in self else x.clone()
+        self[i] = self[i] + x if i in self else x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        self.dtypes = {**getattr(self, "dtypes", {}), i: x.dtype}
+
+    def taken(self, i: int) -> Tensor:
+        return self[i].to(self.dtypes[i])
 
 
 def worst_error(case: str, plan: Plan, *, closing: bool) -> float:
@@ -139,10 +158,10 @@ def worst_error(case: str, plan: Plan, *, closing: bool) -> float:
             tangents = [pieces[i.node][rank] for i in program.inputs if i.role == "tangent"]
             if closing and k == STEPS - 1:
                 ahead, back = load(texts[1], place, "closing")
-                return back(ahead(*args)[1], lambda name, x: x + sums[names.index(name)], *tangents), now
+                return back(ahead(*args)[1], lambda name, x: (x + sums[names.index(name)]).to(x.dtype), *tangents), now
             now.append(backward(forward(*args)[1], sums.give, *tangents) or ())
         assert len(behind) == sum(map(defer.waits, program.outputs))
-        return finish(*(sums[i] for i in range(len(names)))), now
+        return finish(*(sums.taken(i) for i in range(len(names)))), now
 
     found = on_every_rank(plan, waiting.constants, work)
     wants = [computed(program, state) for state in given]
@@ -170,7 +189,7 @@ def test_every_plan_is_exact(case: str, mesh: str, seed: int) -> None:
     odd = random_plan(program, rules, mesh, seed)
     odd = with_saving(odd, program, rules, seed, share=0.2) if seed % 2 else odd
     for closing in (False, True):
-        assert worst_error(case, odd, closing=closing) <= 1e-9
+        assert worst_error(case, odd, closing=closing) <= (0.05 if case == "half" else 1e-9)
 
 
 @pytest.mark.parametrize("bug", ["input gradients wait", "places in another order"])
@@ -195,6 +214,16 @@ waiting = emitting._waiting
 def turned(text: str) -> str:
     names, behind = eval(text)
     return f"{names[::-1]}, {behind}"
+
+
+def test_halves_wait_in_float32() -> None:
+    """What is reduced in bfloat16 is added up in float32, so that small steps are not lost beside large ones."""
+    *_, program, rules = captured("half")
+    found: list[torch.dtype] = []
+    for seed in range(12):
+        waiting = lower(program, rules, random_plan(program, rules, "a=2", seed), "waiting")
+        found += [n.meta["val"].dtype for n in waiting.graph.nodes if n.meta.get("phase") == defer.FINISH and n.target in MOVES]
+    assert torch.bfloat16 in found
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mlp"])
@@ -301,19 +330,20 @@ def test_unfinished_gradients_are_not_used() -> None:
         pm(**batches[0])[0].backward()
 
 
+RUNS: list[tuple[str, dict[str, Any]]] = [
+    ("gpt2", {"baseline": "ddp"}),
+    ("bert", {"random_costs": 2, "micro_batches": 2}),
+    ("gpt2", {"baseline": "fsdp"}),
+    ("bert", {"random_costs": 1}),
+    ("gpt2", {"random_costs": 3}),
+]
+
+
 @pytest.mark.gloo
-def test_real_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runs", [RUNS[:2], pytest.param(RUNS[2:], marks=pytest.mark.slow)], ids=["some", "others"])
+def test_real_processes(tmp_path: Path, runs: list[tuple[str, dict]]) -> None:
     """Four micro-steps on two processes equal one large step, and gradients travel once."""
-    work = [
-        {"training": "accumulate", "model": model, "mesh": mesh, "options": options}
-        for model, mesh, options in (
-            ("gpt2", (2,), {"baseline": "ddp"}),
-            ("gpt2", (2,), {"baseline": "fsdp"}),
-            ("bert", (2,), {"random_costs": 1}),
-            ("bert", (2,), {"random_costs": 2, "micro_batches": 2}),
-            ("gpt2", (2,), {"random_costs": 3}),
-        )
-    ]
+    work = [{"training": "accumulate", "model": model, "mesh": (2,), "options": options} for model, options in runs]
     for case, result in zip(work, launch(2, work, tmp_path), strict=True):
         assert "error" not in result, result["error"]
         assert result["gradient"] <= 1e-9 and result["same"] <= 1e-9, (case, result)

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..ir.program import Draft, Output, Program, source, tensor_args
 from ..ir.spec import Spec
-from ..runtime.accumulate import meet
+from ..runtime.accumulate import HALF, meet
 from ..runtime.collectives import LOCAL_KINDS, move
 
 if TYPE_CHECKING:
@@ -89,8 +89,10 @@ def _may_wait(node: fx.Node, later: set[fx.Node], context: Lowering) -> bool:
     linear = rule is not None and rule.reduce == "sum" and len(rule.inputs) == 1 and rule.inputs[0].mark == "+"
     if not linear or len(taken) != 1 or not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return False
-    val = node.meta["val"]
-    return isinstance(val, torch.Tensor) and val.dtype == taken[0].meta["val"].dtype and node.args[0] is taken[0]
+    made, given = node.meta["val"], taken[0].meta["val"]
+    if not isinstance(made, torch.Tensor) or node.args[0] is not taken[0]:
+        return False
+    return made.dtype == given.dtype or (given.dtype in HALF and made.dtype == torch.float32)  # sums of halves wait in float32
 
 
 def _sends(node: fx.Node, context: Lowering) -> bool:

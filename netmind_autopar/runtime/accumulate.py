@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .graph import Graph
     from .module import ParallelModule
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 _waiting: weakref.WeakSet[Waiting] = weakref.WeakSet()
 _hooked: list[object] = []
 
@@ -61,7 +61,7 @@ class Held:
         if i in self.sums:
             self.sums[i] += gradient
         else:
-            wide = torch.float32 if gradient.dtype in _HALF else gradient.dtype
+            wide = torch.float32 if gradient.dtype in HALF else gradient.dtype
             self.sums[i] = gradient.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
             self.dtypes[i] = gradient.dtype
 
