@@ -200,6 +200,23 @@ def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     assert checkpoints.steps() == [3, 2, 1]
 
 
+def test_every_byte_is_checked(tmp_path: Path) -> None:
+    """Also where the change would make sense, and in the manifest itself. Buffers that a state_dict leaves out are not there."""
+    parts = trained(1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, **parts)
+    folder = tmp_path / "000001-step-1"
+    assert not any("hidden" in name for name in json.loads((folder / "tensors.json").read_text())["tensors"])
+    for path in sorted(folder.iterdir()):
+        raw = path.read_bytes()
+        where = raw.index(b"torch") + 10 if path.name == "manifest.json" else len(raw) // 2  # the version of torch, or whatever is there
+        path.write_bytes(raw[:where] + (b"7" if raw[where : where + 1] != b"7" else b"8") + raw[where + 1 :])
+        with pytest.raises(DamagedError, match=f"{path.name} is damaged: .*SHA-256"):
+            checkpoints.load(1, **parts)
+        path.write_bytes(raw)
+    checkpoints.load(1, **parts)
+
+
 def test_nothing_there_and_nothing_whole(tmp_path: Path) -> None:
     parts = trained(1)
     assert Checkpoints(tmp_path / "nowhere").load_latest(**parts) is None
