@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netmind_autopar.kernels.fused import adamw, cross_entropy, dropout_add, gated, language, norm_launch, rope
+from netmind_autopar.kernels.fused import adamw, cross_entropy, dropout_add, gated, language, norm_launch, rope, softmax
 from netmind_autopar.kernels.fused.launch import KERNELS, Config, Launch, recording
 
 TARGET = ("cuda", 90, 32)
@@ -96,6 +96,11 @@ CALLS: dict[str, dict[str, Callable[[int, Made], object]]] = {
         )
         for label, add, rows in (("", False, ROWS), ("add", True, ROWS), ("far", True, 1 << 24))
     },
+    "softmax.forward": {
+        "": lambda n, new: softmax.masked_softmax(new(4, 8, 128, n), None, 0.5),
+        "added": lambda n, new: softmax.masked_softmax(new(4, 8, 128, n), new(4, 1, 128, n), 0.5),
+    },
+    "softmax.backward": {"": lambda n, new: softmax.masked_softmax_backward(new(ROWS, n), new(ROWS, n), 0.5)},
     "cross_entropy.forward": {
         "whole": lambda n, new: cross_entropy.forward(new(ROWS, n), _labels(new), -100, 0.0),
         "smoothed": lambda n, new: cross_entropy.forward(new(ROWS, n), _labels(new), -100, 0.1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case_kit import Case, F, I, K
+from case_kit import B, Case, F, I, K
 
 
 def fused() -> Iterator[Case]:
@@ -19,6 +19,10 @@ def fused() -> Iterator[Case]:
                 yield "autopar.rope.default", (F(m, 6, n, 6), F(*angles), F(*angles), back), {}
         yield "autopar.rope.default", (F(1, m, n, 6), F(1, n, 6), F(1, n, 6), False), {}
         yield "autopar.dropout_add.default", (F(m, 3, n), F(m, 3, n), torch.tensor(5), 0.4, 7, [m, 3, n], [0, 0, 0], [m, 3, n]), {}
+        x = F(m, 4, n, 5)
+        for mask in (None, F(n, 5), F(m, 1, n, 5), F(m, 1, 1, 5), B(4, n, 5) | (torch.arange(5) == 0)):
+            yield "autopar.masked_softmax.default", (x, mask, 0.5), {}
+        yield "autopar.masked_softmax_backward.default", (F(m, 4, n, 5), x.softmax(-1), 0.5), {}
         for smoothing in (0.0, 0.1):
             yield "autopar.cross_entropy.default", (F(m, n), I(n, m), 2, smoothing), {}
         yield "autopar.vocab_stats.default", (F(m, n), I(3 * n, m), n, 3 * n, 2), {}

@@ -160,6 +160,8 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "rope": (ops.rope, (rand(2, 3, 4, 6), cos, sin, False)),
         "rope back": (ops.rope, (rand(2, 3, 4, 4).transpose(1, 2).contiguous().transpose(1, 2), cos, sin, True)),
         "cross_entropy": (ops.cross_entropy, (rand(4, 6), target, -100, 0.0)),
+        "masked_softmax": (ops.masked_softmax, (x, rand(4, 1), 0.5)),
+        "masked_softmax of truth values": (ops.masked_softmax, (x, torch.arange(6) != 3, 0.5)),
         "dropout_add": (ops.dropout_add, (x, r, torch.tensor(3), 0.5, 2, [3, 8, 6], [0, 4, 0], [3, 4, 6])),
         "cross_entropy smoothed": (ops.cross_entropy, (rand(4, 6), target, -100, 0.3)),
     }
@@ -168,7 +170,11 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", calls())
 def test_torch_accepts_the_op_and_its_derivative_is_right(name: str) -> None:
     op, args = calls()[name]
-    leaves = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and not ("rope" in name and i)]
+    leaves = [
+        i
+        for i, a in enumerate(args)
+        if isinstance(a, Tensor) and a.is_floating_point() and not (i and ("rope" in name or "softmax" in name))
+    ]
     args = tuple(a.requires_grad_() if i in leaves else a for i, a in enumerate(args))
     torch.library.opcheck(op.default, args)
 
@@ -281,6 +287,10 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "labels by probability": (ops.cross_entropy, (X[0], X[0, :, 0], -100, 0.0), "target is float32[3]"),
     "too many labels": (ops.vocab_stats, (X[0], LABELS, 0, 4, -100), "target is int64[4]"),
     "a block beyond the classes": (ops.vocab_stats, (X[0], LABELS[:3], 2, 5, -100), "classes 2 to 6 of 5"),
+    "a mask of other rows": (ops.masked_softmax, (X, X[:, :2], 1.0), "mask is float32[2, 2, 4]"),
+    "a mask of integers": (ops.masked_softmax, (X, LABELS, 1.0), "mask is int64[4]"),
+    "a mask of more dims": (ops.masked_softmax, (X, X[None], 1.0), "mask is float32[1, 2, 3, 4]"),
+    "softmax of five dims": (ops.masked_softmax, (X[None, None], None, 1.0), "x is float32[1, 1, 2, 3, 4]"),
     "a chance above one": (ops.dropout_add, (X, X, torch.tensor(0), 1.5, 0, [24], [0], [24]), "p is 1.5"),
     "a float for a seed": (ops.dropout_add, (X, X, torch.tensor(0.5), 0.5, 0, [24], [0], [24]), "seed is torch.float32 []"),
     "a block of another size": (ops.dropout_add, (X, X, torch.tensor(0), 0.5, 0, [24], [0], [23]), "lengths [23] for 24 elements"),
@@ -303,6 +313,11 @@ def test_bad_input_is_refused(name: str) -> None:
 def test_a_gradient_of_angles_is_refused() -> None:
     with pytest.raises(InputError, match="cos or sin requires a gradient"):
         ops.rope(rand(1, 2, 3, 4), rand(3, 4).requires_grad_(), rand(3, 4), False)
+
+
+def test_a_gradient_of_a_mask_is_refused() -> None:
+    with pytest.raises(InputError, match="mask requires a gradient"):
+        ops.masked_softmax(rand(3, 4), rand(3, 4).requires_grad_(), 1.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])

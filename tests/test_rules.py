@@ -137,6 +137,8 @@ EXPECTED = {
     "autopar.gated.default": "d0 d1 d2, *d0 d1 d2 -> d0 d1 d2",
     "autopar.gated_backward.default": "*d0 d1 d2, d0 d1 d2, d0 d1 d2 -> d0 d1 d2, d0 d1 d2",
     "autopar.rope.default": "*b h s d!, s r!, s r! -> b h s d!",
+    "autopar.masked_softmax.default": "a b c d! -> a b c d!",
+    "autopar.masked_softmax_backward.default": "*d0 d1 d2 t!, d0 d1 d2 t! -> d0 d1 d2 t!",
     "autopar.dropout_add.default": "d0 d1 d2, d0 d1 d2,  -> d0 d1 d2",
     "autopar.cross_entropy.default": "n c!, n -> n, n",
     "autopar.vocab_stats.default": "n c!, n -> 1 t! n",

@@ -6,7 +6,7 @@ import torch
 
 from .algebra import Rule
 from .call import Call
-from .sketch import Dim, Sketch
+from .sketch import Dim, Sketch, aligned
 
 ROWS = {
     **dict.fromkeys((f"autopar.{name}.default" for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")), "fused_norm"),
@@ -15,6 +15,8 @@ ROWS = {
     "autopar.gated.default": "..., *... -> ...",
     "autopar.gated_backward.default": "*..., ..., ... -> ..., ...",
     "autopar.rope.default": "rotary",
+    "autopar.masked_softmax.default": "masked_softmax",
+    "autopar.masked_softmax_backward.default": "*... t!, ... t! -> ... t!",
     "autopar.dropout_add.default": "..., ..., -> ... | parts=parts starts=starts lengths=lengths",
     "autopar.cross_entropy.default": "n c!, n -> n, n",
     "autopar.vocab_stats.default": "n c!, n -> 1 t! n",
@@ -63,6 +65,13 @@ def rotary(call: Call) -> Rule:
     d, r = sketch.letter(call["x"].shape[3], fixed=True, name="d"), sketch.letter(call["cos"].shape[-1], fixed=True, name="r")
     angle = [b if call["cos"].shape[0] > 1 else (), s, r][-call["cos"].dim() :]
     return sketch.rule([[b, h, s, d], angle, angle], [[b, h, s, d]], ["*", "_", "_"])
+
+
+def masked_softmax(call: Call) -> Rule:
+    """Rows are independent; a mask is cut along the dims in which it is not broadcast."""
+    sketch = Sketch(call)
+    full = sketch.dims(call["x"].shape, [-1])
+    return sketch.rule([aligned(t.shape, full, call["x"].shape) for t in call.tensors], [full])
 
 
 def _given(call: Call) -> list[tuple[str, torch.Tensor]]:
