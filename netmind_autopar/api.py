@@ -70,6 +70,7 @@ def plan(
     time_limit: float = 60.0,
     gap: float = 1e-4,
     offload: bool = False,
+    overlap: bool = True,
     strict: bool = False,
     timeline: bool = False,
     progress: Progress | None = None,
@@ -83,8 +84,10 @@ def plan(
     (docs/baselines.md), checkpoint: and runs every block again in backward. micro_batches: how many the step is made of, run one
     after the other with gradients added up; None: one, unless more fit where it does not, or are faster. outputs: names to keep, all
     when None. mode: "inference" plans forward alone. offload: activations and optimizer state may wait in host memory or on disk.
+    overlap: collectives travel beside compute, and the plan with the shortest timeline is taken (docs/timeline.md); False runs each where
+    it is needed, and the sum counts.
     random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
-    timeline: also simulate the step with collectives beside compute and fill in `Plan.cost.timeline_s` (it lowers the program).
+    timeline: simulate the step on the lowered program, op by op, instead of sketching it for `Plan.cost.timeline_s`.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
     """
     say = progress or (lambda _: None)
@@ -94,7 +97,7 @@ def plan(
     program = _capture(model, sample_inputs, outputs, differentiable, mode)
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
     options |= {"baseline": baseline, "checkpoint": checkpoint, "micro_batches": micro_batches, "offload": offload, "strict": strict}
-    options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap}
+    options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
     found = plan_program(program, where, say, timeline=timeline, **options)
     _warn_of_replicated(found)
     return found.timed(time.process_time() - start)
@@ -121,6 +124,7 @@ def autoparallelize(
     time_limit: float = 60.0,
     gap: float = 1e-4,
     offload: bool = False,
+    overlap: bool = True,
     strict: bool = False,
     strict_shapes: bool = False,
     weights: str | os.PathLike[str] | None = None,
@@ -139,7 +143,7 @@ def autoparallelize(
     if plan is not None:
         check_plan_mesh(plan, torch_mesh)
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "inputs": inputs, "offload": offload, "strict": strict}
-    options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap}
+    options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
     first: dict[str, Any] = {"pins": pins, "forbid": forbid, "baseline": baseline, "micro_batches": micro_batches}
     where = make_mesh(torch_mesh, cluster or default_cluster())
 

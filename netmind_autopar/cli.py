@@ -127,7 +127,10 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
     sub.add_argument("--strict", action="store_true", help="refuse operations that have no sharding rule")
     sub.add_argument("--json", metavar="PATH", help="write the plan to this file")
-    sub.add_argument("--timeline", action="store_true", help="simulate the step with communication beside compute: what is hidden")
+    sub.add_argument(
+        "--no-overlap", action="store_true", help="run every collective where it is needed, and take the plan with the least sum"
+    )
+    sub.add_argument("--timeline", action="store_true", help="simulate the step on the lowered program, op by op, instead of sketching it")
     sub.add_argument("--trace", metavar="PATH", help="write that simulation for ui.perfetto.dev to this file (implies --timeline)")
     sub.add_argument("--all", "--verbose", dest="all", action="store_true", help="every choice, and long tables in full")
 
@@ -205,7 +208,7 @@ def run_plan(args: argparse.Namespace) -> int:
         solving |= {"time_limit": args.time_limit, "gap": args.gap}
         # as api.plan does, but the program is still needed for the report
         recipes = {"baseline": args.baseline, "checkpoint": args.checkpoint, "offload": args.offload}
-        recipes["micro_batches"] = args.micro_batches
+        recipes |= {"micro_batches": args.micro_batches, "overlap": not args.no_overlap}
         found = api.plan_program(program, where, progress, memory=args.memory, strict=args.strict, **recipes, **solving)
         found = found.timed(time.process_time() - start)
         rules = bind_program(program)
@@ -214,6 +217,7 @@ def run_plan(args: argparse.Namespace) -> int:
             progress("planning the baselines")
             mesh = make_mesh(",".join(f"{a.name}={a.size}" for a in found.mesh), found.cluster)
             solving |= {"memory_limit": parse_memory(args.memory), "graph_hash": found.graph_hash, "cluster": found.cluster}
+            solving["overlap"] = not args.no_overlap
             compared = [c.row for c in compare_baselines(program, rules, mesh, **solving)]
         if args.timeline or args.trace:
             progress("simulating the step")

@@ -21,7 +21,7 @@ from .ir.mesh import Mesh
 from .ir.plan import Alternative, Cost, Plan
 from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
 from .solver.explain import ClassRow, ConversionRow
-from .wording import _digits, seconds, size, words
+from .wording import _digits, rate, seconds, size, words
 
 BAR = 24  # columns of a full bar
 HEAVY = ("mm", "addmm", "bmm", "convolution", "attention", "embedding", "_softmax", "_log_softmax", "nll_loss", "sum_exp")
@@ -129,7 +129,8 @@ def _header(plan: Plan, title: str) -> RenderableType:
     grid.add_column(overflow="fold")
     grid.add_row("plan", Text(title or plan.graph_hash, style="bold") + Text(f" on {devices} device{'s' * (devices > 1)}"))
     grid.add_row("mesh", f"{axes} ({plan.cluster})")
-    grid.add_row("step", Text(seconds(plan.cost.step_s), style="bold") + Text(" predicted" + _band(plan)))
+    beside = f", {seconds(plan.cost.step_s)} one after the other" if plan.cost.timeline_s else ""
+    grid.add_row("step", Text(seconds(plan.cost.predicted_s), style="bold") + Text(" predicted" + beside + _band(plan)))
     limit = f" of {size(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ", no limit"
     grid.add_row("memory", Text(size(plan.cost.peak_bytes), style="bold") + Text(f" predicted peak per device{limit}"))
     for name, text in _proof(plan):
@@ -148,8 +149,14 @@ def _band(plan: Plan) -> str:
 def _proof(plan: Plan) -> list[tuple[str, str]]:
     if plan.status == "given":
         return [("bound", "none: this plan was given, nothing is proven about it")]
-    state = "optimal" if plan.status == "optimal" else "best found"
-    rows = [("bound", f"no plan with equal blocks takes less than {seconds(plan.bound_s)}; gap {plan.gap:.2%}, {state}")]
+    state, least = (
+        "optimal" if plan.status == "optimal" else "best found",
+        f"no plan with equal blocks takes less than {seconds(plan.bound_s)}",
+    )
+    rows = [("bound", f"{least}; gap {plan.gap:.2%}, {state}")]
+    if plan.cost.timeline_s:
+        rows = [("sum", f"one after the other {least}; {seconds(plan.least_sum_s)} found, gap {plan.gap:.2%}, {state}")]
+        rows.insert(0, ("bound", f"no plan takes less than {seconds(plan.timeline_bound_s)}; gap {plan.timeline_gap:.2%}"))
     spent = f", {seconds(plan.solve_s)} of CPU with the capture" if plan.solve_s else ""
     return [*rows, ("solver", f"{plan.solver or 'no integer program was needed'}{spent}")]
 
@@ -159,9 +166,9 @@ def _rivals(title: str, kind: str, plan: Plan, rows: Sequence[Alternative]) -> G
     table = _table(kind, "step", "of the plan's", "memory", "", right="step,of the plan's,memory")
     table.columns[0].no_wrap = True
     for r in rows:
-        step = r.step_s or r.bound_s
+        step, ours = r.timeline_s or r.step_s or r.bound_s, plan.cost.predicted_s if r.timeline_s else plan.cost.step_s
         time = ("" if r.step_s else "≥ ") + seconds(step) if step else ""
-        share = f"{step / plan.cost.step_s:.2f} ×" if step and plan.cost.step_s else ""
+        share = f"{step / ours:.2f} ×" if step and ours else ""
         why = ": ".join(filter(None, (r.status * (r.status != "planned"), r.why)))
         table.add_row(r.name, time, share, size(r.peak_bytes) if r.peak_bytes else "", Text(why, style="dim"))
     return _section(title, table)
@@ -330,7 +337,7 @@ def diff_report(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Group 
         "optimizer": [a.optimizer, b.optimizer],
         "micro-batches": [str(p.micro_batches) for p in (a, b)],
         "limit": [size(p.memory_limit_bytes) if p.memory_limit_bytes else "none" for p in (a, b)],
-        "step": [seconds(p.cost.step_s) for p in (a, b)],
+        "step": [seconds(p.cost.predicted_s) for p in (a, b)],
         "communication": [seconds(p.cost.communication_s) for p in (a, b)],
         "peak": [size(p.cost.peak_bytes) for p in (a, b)],
     }
@@ -357,7 +364,7 @@ def mesh_report(mesh: Mesh) -> Group:
     title = f"{mesh.size} device{'s' * (mesh.size > 1)} of {mesh.cluster}: {mesh.device.name}, {size(mesh.device.memory_bytes)} each"
     table = _table("axis", "size", "sends", "latency", right="size,sends,latency")
     for axis in mesh.axes:
-        table.add_row(axis.name, str(axis.size), _rate(axis.bandwidth_bytes_s), seconds(axis.latency_s))
+        table.add_row(axis.name, str(axis.size), rate(axis.bandwidth_bytes_s), seconds(axis.latency_s))
     return _section(title, table)
 
 
@@ -374,14 +381,10 @@ def clusters_report(profiles: Iterable[ClusterProfile]) -> Group:
             size(p.device.memory_bytes),
             _digits(best / 1e12),
             str(p.node_size),
-            _rate(p.links.intra.bandwidth_bytes_s),
-            _rate(p.links.inter.bandwidth_bytes_s) if p.links.inter else "—",
+            rate(p.links.intra.bandwidth_bytes_s),
+            rate(p.links.inter.bandwidth_bytes_s) if p.links.inter else "—",
         )
     return _section("Clusters (TFLOP/s of bfloat16 or float16 where there is one; a node's devices; what one device can send)", table)
-
-
-def _rate(bytes_s: float) -> str:
-    return f"{_digits(bytes_s / 1e9)} GB/s"
 
 
 def console(file: IO[str] | None = None, width: int | None = None) -> Console:

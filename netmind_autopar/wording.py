@@ -46,3 +46,8 @@ def _dim_word(dim: int, rank: int) -> str:
     if rank == 1:
         return "split"
     return DIMS[dim] if rank == 2 else f"dim {dim}"
+
+
+def rate(bytes_s: float) -> str:
+    """What a link sends."""
+    return f"{_digits(bytes_s / 1e9)} GB/s"

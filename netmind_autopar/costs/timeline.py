@@ -91,12 +91,12 @@ def simulate(events: Sequence[Event]) -> Timeline:
     work = {name: [(s.start_s, s.end_s) for s in spans if s.event.stream == name] for name in streams}
     busy = {name: sum(s.event.seconds for s in spans if s.event.stream == name) for name in streams}
     computing = work.get(COMPUTE, [])
-    exposed = {name: _uncovered(work[name], computing) for name in streams if name != COMPUTE}
+    exposed = {name: uncovered(work[name], computing) for name in streams if name != COMPUTE}
     others = sorted(pair for name in exposed for pair in work[name])
-    return Timeline(spans, max((s.end_s for s in spans), default=0.0), busy, exposed, _uncovered(others, computing), _critical(spans))
+    return Timeline(spans, max((s.end_s for s in spans), default=0.0), busy, exposed, uncovered(others, computing), _critical(spans))
 
 
-def _uncovered(some: Sequence[tuple[float, float]], cover: Sequence[tuple[float, float]]) -> float:
+def uncovered(some: Sequence[tuple[float, float]], cover: Sequence[tuple[float, float]]) -> float:
     """Length of the union of `some` that lies outside the union of `cover`; both are sorted by their starts."""
     total, reached, at = 0.0, 0.0, 0
     for begin, end in some:

@@ -25,7 +25,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -173,8 +173,8 @@ class Stream(_Part):
 class Cost(_Part):
     """Predicted cost of one training step. `step_s` is the sum of the seconds below it: everything one after the other.
 
-    That sum is what the solver minimises and what `Plan.bound_s` and `Plan.gap` are about. timeline_s: the step when collectives and
-    transfers run beside compute, as the emitted code has them (costs/timeline.py); 0 when it was not asked for.
+    timeline_s: the step when collectives and transfers run beside compute, as the emitted code has them; 0 where nothing does, or
+    prices mean nothing. As the planner sketches it (solver/sketch.py), or simulated on the lowered program (costs/timeline.py).
     """
 
     step_s: Seconds = 0.0
@@ -188,6 +188,11 @@ class Cost(_Part):
     streams: tuple[Stream, ...] = ()
 
     @property
+    def predicted_s(self) -> float:
+        """The step as it will run: the timeline where there is one, else the sum."""
+        return self.timeline_s or self.step_s
+
+    @property
     def overlapped_s(self) -> float:
         """Seconds of the sum that run beside others; 0 without a timeline."""
         return max(0.0, self.step_s - self.timeline_s) if self.timeline_s else 0.0
@@ -196,6 +201,11 @@ class Cost(_Part):
     def exposed_s(self) -> float:
         """Seconds in which streams have work and compute has none, stream by stream."""
         return sum(s.exposed_s for s in self.streams)
+
+
+def streams_of(busy: Mapping[str, float], exposed: Mapping[str, float]) -> tuple[Stream, ...]:
+    """The streams besides compute, by name."""
+    return tuple(Stream(name=name, busy_s=busy[name], exposed_s=alone) for name, alone in sorted(exposed.items()))
 
 
 class Collective(_Part):
@@ -229,6 +239,7 @@ class Alternative(_Part):
     name: str
     status: Literal["planned", "ruled out", "does not fit", "no place", "not planned", "not tried"]
     step_s: Seconds | None = None
+    timeline_s: Seconds = 0.0
     bound_s: Seconds = 0.0
     peak_bytes: Bytes | None = None
     why: str = ""
@@ -239,6 +250,10 @@ class Plan(_Part):
 
     gib_worth_s: by how many seconds one more GiB per device would shorten the step, at the margin and under these shardings.
     overlap: collectives travel while ops run; False runs each where it is needed.
+
+    Two things are minimised. The sum of all work, one after the other: least_sum_s is the least that was found, bound_s what no plan
+    is below, gap and status are about these two. Then, with overlap, `cost.timeline_s`: this is the plan with the shortest timeline that
+    was found, and its own sum, `cost.step_s`, may be more than least_sum_s. No timeline is shorter than timeline_bound_s.
     """
 
     format: Literal["netmind-autopar-plan"] = "netmind-autopar-plan"
@@ -263,6 +278,8 @@ class Plan(_Part):
     gib_worth_s: Seconds = 0.0
     bound_s: Seconds = 0.0
     gap: Seconds = 0.0
+    least_sum_s: Seconds = 0.0
+    timeline_bound_s: Seconds = 0.0
     status: Literal["optimal", "feasible", "given"] = "given"
     solver: str = ""
     random_costs: int | None = None
@@ -275,6 +292,12 @@ class Plan(_Part):
 
     def __hash__(self) -> int:
         return int(self.hash(), 16)
+
+    @property
+    def timeline_gap(self) -> float:
+        """How much of the timeline is above its bound, relative; 0 without a timeline."""
+        whole = self.cost.timeline_s
+        return max(0.0, whole - self.timeline_bound_s) / whole if whole else 0.0
 
     @property
     def solve_s(self) -> float:

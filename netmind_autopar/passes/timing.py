@@ -18,7 +18,7 @@ from ..costs.device import make_mesh
 from ..costs.memory import optimizer_states
 from ..costs.timeline import COMPUTE, Event, Timeline, simulate
 from ..ir.mesh import Mesh
-from ..ir.plan import Plan, Stream
+from ..ir.plan import Plan, streams_of
 from ..ir.program import Program, is_getitem, source, tensor_args
 from ..ir.spec import Spec, local_bytes
 from ..rules.algebra import Rule
@@ -26,11 +26,10 @@ from ..runtime.collectives import BUCKETS, MOVES, STARTS, sender, wait
 from ..runtime.offload import fetch, offload, prefetch, release, reload
 from ..solver.build import random_seconds
 from ..solver.parking import parked
+from ..solver.sketch import IN, OUT, STATE
 from .defer import FINISH
 from .pipeline import Lowering, prepare, run_passes
 from .schedule import is_collective
-
-OUT, IN, STATE = "to the host", "from the host", "optimizer state"
 
 
 def plan_timeline(program: Program, rules: Mapping[str, Rule], plan: Plan, mesh: Mesh) -> Timeline:
@@ -42,9 +41,8 @@ def plan_timeline(program: Program, rules: Mapping[str, Rule], plan: Plan, mesh:
 def with_timeline(program: Program, rules: Mapping[str, Rule], plan: Plan, mesh: Mesh) -> tuple[Plan, Timeline]:
     """The plan with `timeline_s` and `streams` of its cost filled in, and the timeline."""
     found = plan_timeline(program, rules, plan, mesh)
-    streams = tuple(Stream(name=name, busy_s=found.busy[name], exposed_s=exposed) for name, exposed in sorted(found.exposed.items()))
-    cost = plan.cost.model_copy(update={"timeline_s": found.step_s, "streams": streams})
-    return plan.model_copy(update={"cost": cost}), found
+    cost = plan.cost.model_copy(update={"timeline_s": found.step_s, "streams": streams_of(found.busy, found.exposed)})
+    return plan.model_copy(update={"cost": cost, "timeline_bound_s": min(plan.timeline_bound_s, found.step_s)}), found
 
 
 def mesh_of(plan: Plan, cluster: str | None = None) -> Mesh:

@@ -33,13 +33,15 @@ from .build import Built
 from .checkpoint import checkpointed
 from .conversions import uses, value_name
 from .kinds import Kind
+from .overlap import Beside
 from .pins import Pin, pinned
 from .presolve import Kept
-from .problem import evaluate
+from .problem import Choice, evaluate
 from .recipes import RECIPES, Baseline, Recipe, axis_recipes
 from .roles import Roles, roles_of
 from .saving.decide import Decision, Task
 from .search import solve_problem
+from .sketch import Sketcher
 from .solve import assemble
 
 NO_LIMIT = 1 << 62  # bytes
@@ -64,10 +66,12 @@ def solve_baseline(
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
+    overlap: bool = True,
 ) -> Plan:
-    """The cheapest plan that follows `baseline` and fits; options as in `solve`. checkpoint: every op of a repeated block runs again.
+    """The plan with the least sum of work that follows `baseline` and fits; options as in `solve`.
 
-    tight: where the fastest plan does not fit, look for a slower one that just does. That takes long, and recipes leave little room for it.
+    checkpoint: every op of a repeated block runs again. tight: where the fastest plan does not fit, look for a slower one that just
+    does. That takes long, and recipes leave little room for it.
 
     Raises InputError when the model has no place for it (no attention, too few heads, a batch that does not divide),
     InfeasibleError with the peak when it does not fit, SolverError when nothing was found in time.
@@ -91,17 +95,28 @@ def solve_baseline(
             continue
         leasts.append(evaluate(built.problem, found.choice)[1])
         if found.seconds < math.inf and leasts[-1] <= limit:
-            file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer, "inputs": inputs}
-            made = assemble(program, Decision(built, found, recompute, regather), mesh, conversions, **file)  # type: ignore[arg-type]
+            beside = _beside(built, found.choice, conversions) if overlap else None
+            file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer}
+            file |= {"inputs": inputs, "overlap": overlap}
+            made = assemble(program, Decision(built, found, recompute, regather), mesh, conversions, beside, **file)  # type: ignore[arg-type]
             return made.timed(time.process_time() - start)
+    raise _unfit(baseline, mesh, leasts, limit, checkpoint)
+
+
+def _unfit(baseline: Baseline, mesh: Mesh, leasts: Sequence[int], limit: int, checkpoint: bool) -> SolverError | InfeasibleError:
     if not leasts:
-        raise SolverError(f"no plan was found for the baseline {baseline!r} in time", try_="raise time_limit")
-    raise InfeasibleError(
+        return SolverError(f"no plan was found for the baseline {baseline!r} in time", try_="raise time_limit")
+    return InfeasibleError(
         f"the baseline {baseline!r} does not fit: {min(leasts)} bytes per device are needed, {limit} are there",
         where=f"baseline={baseline!r} on {mesh}",
         why="what a recipe fixes cannot be changed to save memory",
         try_="checkpoint=True, " * (not checkpoint) + "another recipe, more devices, a smaller batch, or a plan without baseline=",
     )
+
+
+def _beside(built: Built, choice: Choice, conversions: Conversions) -> Beside | None:
+    """The timeline of a choice; none where prices mean nothing."""
+    return None if conversions.random_costs is not None else Beside(choice, Sketcher(built, conversions).sketch(choice))
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,9 @@ def _compared(program: Program, rules: Mapping[str, Rule], mesh: Mesh, name: str
         except SolverError as e:
             why = e.what
             break
-        row = Alternative(name=shown, status=status, step_s=plan.cost.step_s, bound_s=plan.bound_s, peak_bytes=plan.cost.peak_bytes)
+        cost = plan.cost
+        step = {"step_s": cost.step_s, "timeline_s": cost.timeline_s, "bound_s": plan.bound_s, "peak_bytes": cost.peak_bytes}
+        row = Alternative(name=shown, status=status, **step)  # type: ignore[arg-type]
         return Compared(row, plan)
     return Compared(Alternative(name=name, status="not planned", why=why))
 

@@ -50,7 +50,7 @@ def solve_batches(
             break
         say(f"trying {turns} micro-batches")
         plan, error = _tried(*found, mesh, time_limit=max(left, LEAST_S), **options)
-        if plan is not None and best is not None and plan.cost.step_s >= best.cost.step_s:
+        if plan is not None and best is not None and plan.cost.predicted_s >= best.cost.predicted_s:
             break
         if error is not None and refused is not None and _need(error) > GAIN * _need(refused):
             break

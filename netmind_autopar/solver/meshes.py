@@ -1,8 +1,9 @@
 """The best of all sensible meshes of a number of devices.
 
 Meshes with one and two axes come first: each is bounded by a relaxation that is quick to compute (`estimate`), which also gives a
-first guess of what it can reach; the most promising is planned first, and a mesh whose bound is no better than the best plan in hand is
-ruled out. Then those with three axes, whose problems are larger, in the same way. The time limit is that of the whole search.
+first guess of what it can reach; the most promising is planned first, and a mesh whose bound is no better than the least sum of the
+best plan in hand is ruled out. Of those that were planned, the one with the shortest timeline is taken. Then those with three axes,
+whose problems are larger, in the same way. The time limit is that of the whole search.
 
 Ranks of the last axis are neighbours. With three axes the border between nodes must lie between two axes: a link inside a node is
 worth an axis of its own only if the axis does not leave the node. (64,), (8, 8) and (2, 4, 8) are different problems, even where links are
@@ -165,7 +166,7 @@ class _Search:
         for e in sorted(estimates, key=lambda e: e.guess_s):
             left = self.deadline - time.monotonic()
             name = str(e.mesh)
-            if self.best is not None and e.bound_s > 0 and e.bound_s >= self.best.cost.step_s * (1 - self.gap):
+            if self.best is not None and e.bound_s > 0 and e.bound_s >= self.best.least_sum_s * (1 - self.gap):
                 self.rows.append(Alternative(name=name, status="ruled out", bound_s=e.bound_s))
             elif left <= 0 and self.best is not None:
                 self.rows.append(Alternative(name=name, status="not tried", bound_s=e.bound_s, why="the time was over"))
@@ -184,14 +185,19 @@ class _Search:
                 "does not fit" if isinstance(error, InfeasibleError) else "no place" if isinstance(error, InputError) else "not planned"
             )
             return Alternative(name=name, status=status, bound_s=e.bound_s, why=error.what)  # type: ignore[arg-type]
-        if self.best is None or found.cost.step_s < self.best.cost.step_s:
+        if self.best is None or found.cost.predicted_s < self.best.cost.predicted_s:
             self.best = found
         return Alternative(
-            name=name, status="planned", step_s=found.cost.step_s, bound_s=max(e.bound_s, found.bound_s), peak_bytes=found.cost.peak_bytes
+            name=name,
+            status="planned",
+            step_s=found.cost.step_s,
+            timeline_s=found.cost.timeline_s,
+            bound_s=max(e.bound_s, found.bound_s),
+            peak_bytes=found.cost.peak_bytes,
         )
 
     def result(self) -> Plan:
         if self.best is None:
             raise self.error or SolverError("no mesh has a plan")
-        rows = sorted(self.rows, key=lambda r: (r.step_s is None, r.step_s or 0.0, r.bound_s, r.name))
+        rows = sorted(self.rows, key=lambda r: (r.step_s is None, r.timeline_s or r.step_s or 0.0, r.bound_s, r.name))
         return self.best.beside(tuple(rows))

@@ -11,7 +11,7 @@ from ..costs.comm import Conversions
 from ..costs.memory import optimizer_states
 from ..ir.errors import InfeasibleError, PlanError, SolverError
 from ..ir.mesh import Mesh
-from ..ir.plan import Plan, PlanAxis, PlanDevice
+from ..ir.plan import Plan, PlanAxis, PlanDevice, streams_of
 from ..ir.program import Program
 from ..rules.algebra import Rule, Strategy, is_legal, strategies
 from ..tracer.hash import graph_hash as hash_of
@@ -21,6 +21,7 @@ from .conversions import end_rules
 from .explain import collectives_of, cost_of, least_summing_s, replicated_of
 from .fold import classes
 from .memory import largest
+from .overlap import Beside, choose, least_beside_s
 from .pins import Pin, pinned
 from .presolve import Kept
 from .problem import Choice, evaluate
@@ -48,15 +49,17 @@ def solve(
     time_limit: float = 60.0,
     gap: float = 1e-4,
     offload: bool = False,
+    overlap: bool = True,
     advise: bool = True,
 ) -> Plan:
-    """The cheapest plan that fits.
+    """The cheapest plan that fits: the one with the shortest timeline that is found, from the one with the least sum on (overlap.py).
 
     memory_limit: bytes per device, the device's own memory when None. pins: parameter name -> placements: "S(0)" (on every axis),
     "R S(0)" or ("R", "S(0)") (one per axis) or {"tp": "S(0)"} (other axes free). forbid: parameter name -> placements that it must
     not have: "S(0)" or ("S(0)", "S(1)") (on any axis) or {"tp": "S(0)"} (on this one). random_costs: a seed for random prices.
-    offload: activations and optimizer state may wait in host memory or on disk. time_limit: seconds for the solver, after which the
-    best plan found is returned as "feasible" with its true gap. gap: relative.
+    offload: activations and optimizer state may wait in host memory or on disk. overlap: collectives travel beside compute; without it,
+    and with random costs, the sum of all work is what counts. time_limit: seconds for the solver, after which the best plan found is
+    returned as "feasible" with its true gap. gap: relative.
     advise: what would fit is looked for when nothing does.
     Raises InputError (pins, optimizer), InfeasibleError (nothing fits), SolverError (nothing found in time).
     """
@@ -66,6 +69,7 @@ def solve(
     conversions = Conversions(mesh, random_costs)
     task = Task(program, rules, mesh, conversions, inputs, states, offload)
     built = task.build()
+    free = built.problem
     allowed = pinned(program, built, mesh, pins or {}, forbid or {})
     found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap, wish=limit)
     saving = Decision(built, found)
@@ -76,8 +80,15 @@ def solve(
     if found.choice is None or found.seconds == math.inf:
         others = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S) if found.choice and advise else []
         raise _refusal(built, found, limit, bool(pins or forbid), others, (task, allowed))
-    file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer, "inputs": inputs}
-    plan = assemble(program, saving, mesh, conversions, **file)  # type: ignore[arg-type]
+    beside = None
+    if overlap and random_costs is None:
+        bound_s = least_beside_s(free, allowed)
+        left = max(time_limit - (time.monotonic() - clock), 1.0)
+        more = {"allowed": allowed, "offload": saving.offload, "byte_s": saving.byte_worth_s}
+        more |= {"bound_s": bound_s, "deadline": time.monotonic() + left}
+        beside = choose(built, found.choice, conversions, limit, **more)  # type: ignore[arg-type]
+    file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer, "inputs": inputs, "overlap": overlap}
+    plan = assemble(program, saving, mesh, conversions, beside, **file)  # type: ignore[arg-type]
     return plan.timed(time.process_time() - start)
 
 
@@ -86,19 +97,27 @@ def assemble(
     saving: Decision,
     mesh: Mesh,
     conversions: Conversions,
+    beside: Beside | None = None,
     *,
     graph_hash: str,
     cluster: str,
     limit: int | None,
     optimizer: str,
     inputs: Literal["global", "local"],
+    overlap: bool = True,
 ) -> Plan:
-    """The plan file of a solution: choices, their cost, and what was proven about them."""
+    """The plan file of a solution: choices, their cost, and what was proven about them. beside: the choice by the timeline."""
     built, found = saving.built, saving.solution
     assert found.choice is not None
     cost = cost_of(built, found.choice, mesh.device, saving.waits_s)
-    bound = max(0.0, min(program.turns * (found.bound + least_summing_s(built, mesh.device)), cost.step_s))
-    choices = {k.name: label for k, label in zip(built.kinds, _labels(built, found.choice), strict=True) if len(k.strategies) > 1}
+    least, choice, timeline_bound = cost.step_s, found.choice, 0.0
+    bound = max(0.0, min(program.turns * (found.bound + least_summing_s(built, mesh.device)), least))
+    if beside is not None:
+        choice, shown = beside.choice, beside.sketch
+        cost = cost_of(built, choice, mesh.device, saving.waits_s)
+        cost = cost.model_copy(update={"timeline_s": shown.step_s, "streams": streams_of(shown.busy, shown.exposed)})
+        timeline_bound = min(max(program.turns * beside.bound_s, bound / (1 + len(shown.exposed))), shown.step_s)
+    choices = {k.name: label for k, label in zip(built.kinds, _labels(built, choice), strict=True) if len(k.strategies) > 1}
     return Plan(
         graph_hash=graph_hash,
         mode=program.mode,  # type: ignore[arg-type]
@@ -115,14 +134,17 @@ def assemble(
         cost=cost,
         mesh=tuple(PlanAxis.of(a) for a in mesh.axes),
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
-        collectives=collectives_of(built, found.choice, conversions),
-        replicated=replicated_of(built, found.choice),
+        collectives=collectives_of(built, choice, conversions),
+        replicated=replicated_of(built, choice),
         gib_worth_s=program.turns * saving.byte_worth_s * 2**30,
         bound_s=bound,
-        gap=(cost.step_s - bound) / cost.step_s if cost.step_s else 0.0,
+        gap=(least - bound) / least if least else 0.0,
+        least_sum_s=least,
+        timeline_bound_s=timeline_bound,
         status="optimal" if found.status == milp.OPTIMAL else "feasible",
         solver=milp.solver_name(),
         random_costs=conversions.random_costs,
+        overlap=overlap,
     )
 
 
