@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from netmind_autopar import AutoparError, autoparallelize
 from netmind_autopar.ir.errors import CheckpointError, DamagedError, InputError
+from netmind_autopar.runtime import materialise
 from netmind_autopar.runtime.tensorfile import DTYPES, TensorFile, TensorWriter
 
 warnings.filterwarnings("ignore", module="transformers")
@@ -70,6 +72,42 @@ def test_initialised_as_on_one_device(mesh: object) -> None:
     assert same(state(pm), state(original))
     assert torch.equal(pm(X), original(X))
     assert all(p.is_meta for p in model.parameters()), "the model is not touched"
+
+
+def test_one_module_is_whole_at_a_time(mesh: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    most, real = [0], materialise._empty
+
+    def empty(t: Tensor) -> Tensor:
+        out = real(t)
+        made.append(weakref.ref(out))
+        most[0] = max(most[0], sum(x.nbytes for r in made if (x := r()) is not None))
+        return out
+
+    monkeypatch.setattr(materialise, "_empty", empty)
+    model = bare(lambda: nn.Sequential(*(nn.Linear(16, 16) for _ in range(8))))
+    autoparallelize(model, torch.ones(2, 16), mesh, outputs="global")
+    assert len(made) == 16 and 0 < most[0] <= 2 * (16 * 16 + 16) * 4, "no more than a module, and the one before it"
+
+
+def test_what_a_module_writes_into_its_children(mesh: object) -> None:
+    """GPT-2 initialises some projections once more, narrower, from the block that has them."""
+    model, inputs = models.gpt2(torch.float32, hidden=64, layers=8)
+    torch.manual_seed(1)
+    pm = autoparallelize(bare(lambda: type(model)(model.config)).train(), inputs, mesh)
+    found, theirs = state(pm), state(model)
+    assert found.keys() == theirs.keys()
+    for name, t in found.items():
+        assert abs(t.float().std() - theirs[name].float().std()) < 0.1 * theirs[name].float().std() + 1e-6, name
+    assert (
+        0.004
+        < float(found["transformer.h.3.mlp.c_proj.weight"].std())
+        < 0.006
+        < 0.018
+        < float(found["transformer.h.3.mlp.c_fc.weight"].std())
+    )
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(found[n], b) for n, b in buffers.items())
 
 
 class Own(nn.Module):
@@ -252,6 +290,12 @@ def worker(rank: int, folder: Path) -> None:
     found["read"] = same(state(pm), state(model))
     mine = sum(p.to_local().numel() for p in pm.parameters())
     found["slices"] = sum(n for n, _ in read) == mine < sum(n for _, n in read)
+    empty = bare(lambda: type(model)(model.config)).train()
+    torch.manual_seed(5)
+    alone = materialise.materialise(empty, materialise.Cut({}, (1,), (0,)), materialise.Bare.of(empty))
+    torch.manual_seed(5)
+    parts = state(autoparallelize(empty, inputs, mesh, random_costs=1))
+    found["bits on every mesh"] = all(torch.equal(alone[id(p)], parts[n]) for n, p in empty.named_parameters())
     pm.save_pretrained(folder / "ours", max_shard_bytes=30_000)
     found["written"] = same(state(type(model).from_pretrained(folder / "ours")), state(model))
     (folder / "file").write_text("") if rank == 0 else None
