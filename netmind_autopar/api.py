@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -144,12 +145,28 @@ def autoparallelize(
         check_plan_mesh(plan, torch_mesh)
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "inputs": inputs, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
-    first: dict[str, Any] = {"pins": pins, "forbid": forbid, "baseline": baseline, "micro_batches": micro_batches}
-    where = make_mesh(torch_mesh, cluster or default_cluster())
+    alike = _Alike(make_mesh(torch_mesh, cluster or default_cluster()), outputs, differentiable, options)
+    program = alike.capture(model, sample_inputs, mode, differentiable)
+    found = alike.decide(program, plan, pins=pins, forbid=forbid, baseline=baseline, micro_batches=micro_batches)
+    executable = alike.compile(program, found, model.training)
+    later = None if strict_shapes else planner(model, alike.capture, alike.decide, alike.compile)
+    return ParallelModule(
+        executable, model, found, torch_mesh, gather_outputs=outputs == "global", weights=weights, init=init, planner=later, peak_of=peak_of
+    )
 
-    def look(model: nn.Module, sample_inputs: Any, mode: str) -> Program:
-        wanted = differentiable if mode == "training" else None
-        program: Program = together(lambda: _capture(model, sample_inputs, outputs, wanted, mode))  # type: ignore[assignment]
+
+@dataclass(frozen=True)
+class _Alike:
+    """What all ranks do together, with the options of `autoparallelize`: every rank gets the same, or the same error."""
+
+    mesh: Mesh
+    outputs: Sequence[str] | str | None
+    differentiable: Sequence[str] | None
+    options: Mapping[str, Any]
+
+    def capture(self, model: nn.Module, sample_inputs: Any, mode: str, differentiable: Sequence[str] | None = None) -> Program:
+        wanted = differentiable if mode == "inference" else self.differentiable
+        program: Program = together(lambda: _capture(model, sample_inputs, self.outputs, wanted, mode))  # type: ignore[assignment]
         all_alike(
             "the captured graph",
             graph_hash(program),
@@ -158,26 +175,20 @@ def autoparallelize(
         )
         return program
 
-    def decide(program: Program, **more: Any) -> Plan:
+    def decide(self, program: Program, plan: Plan | None = None, **more: Any) -> Plan:
+        """`plan`, or what rank 0 finds."""
+
         def made() -> str:
-            found = plan_program(program, where, lambda _: None, **options, **more)
+            found = plan_program(program, self.mesh, lambda _: None, **self.options, **more)
             _warn_of_replicated(found)
             return found.dumps()
 
         _share_rules(program)
-        return Plan.loads(from_rank_zero(made if plan is None or "baseline" not in more else plan.dumps))
+        return Plan.loads(from_rank_zero(plan.dumps if plan else made))
 
-    def compile_(program: Program, found: Plan, training: bool) -> Executable:
+    def compile(self, program: Program, found: Plan, training: bool) -> Executable:
         all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
         return together(lambda: compile_plan(program, found, training=training))  # type: ignore[return-value]
-
-    program = look(model, sample_inputs, mode)
-    found = decide(program, **first)
-    executable = compile_(program, found, model.training)
-    later = None if strict_shapes else planner(model, look, lambda program, pins: decide(program, pins=pins), compile_)
-    return ParallelModule(
-        executable, model, found, torch_mesh, gather_outputs=outputs == "global", weights=weights, init=init, planner=later, peak_of=peak_of
-    )
 
 
 def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:

@@ -1,7 +1,7 @@
 """Optimizers whose steps depend on norms of whole parameters, and loss scaling, exact also where parameters are split over devices.
 
-torch.optim has neither LARS nor LAMB. Both take plain tensors and DTensors, as a `ParallelModule` has them: with split parameters every device works
-on its piece, and one all-reduce per mesh brings the squares of all norms together.
+torch.optim has neither LARS nor LAMB. Both take plain tensors and DTensors, as a `ParallelModule` has them: with split parameters every
+device works on its piece, and one all-reduce per mesh brings the squares of all norms together.
 
     LARS    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv:1708.03888, algorithm 1
     LAMB    You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", arXiv:1904.00962, algorithm 2

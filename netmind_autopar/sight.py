@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .runtime.executable import Executable
 from .runtime.graphs import Asked, Planner
 from .solver.conversions import end_rules
 from .solver.fold import classes
+from .tracer.hash import graph_hash
 from .tracer.signature import build, flatten
 
 
@@ -35,10 +36,10 @@ def skeleton(model: nn.Module) -> nn.Module:
 def planner(
     model: nn.Module,
     capture: Callable[[nn.Module, Any, str], Program],
-    decide: Callable[[Program, Mapping[str, Sequence[str]]], Plan],
+    decide: Callable[..., Plan],
     compile_: Callable[[Program, Plan, bool], Executable],
 ) -> Planner:
-    """What `Graphs` asks. capture (model, sample inputs, mode) and decide (program, pins) are the collective ones of `autoparallelize`."""
+    """What `Graphs` asks. capture (model, sample inputs, mode) and decide (program, pins=) are the collective ones of `autoparallelize`."""
     bones = skeleton(model)
     trains, modes = model.training, {name: m.training for name, m in model.named_modules()}
 
@@ -52,10 +53,8 @@ def planner(
         program = capture(bones, _sample(bones, asked), "training" if asked.gradients else "inference")
 
         def make() -> tuple[Executable, Plan]:
-            found = decide(program, _pins(program, asked.layouts))
+            found = decide(program, pins=_pins(program, asked.layouts))
             return compile_(program, found, asked.training), found
-
-        from .tracer.hash import graph_hash
 
         return graph_hash(program), make
 
