@@ -48,6 +48,11 @@ def normal(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64) * scale
 
 
+def ramp(n: int) -> Tensor:
+    """Rising along a row, so that its blocks differ in mean and in maximum."""
+    return torch.linspace(-1.5, 1.5, n, dtype=torch.float64)
+
+
 def spread(x: Tensor) -> Tensor:
     """Rows of very different size and mean."""
     rows = x.shape[:-1]
@@ -74,7 +79,7 @@ ops = torch.ops.autopar
 
 def norm_case(rows: tuple[int, ...], n: int, center: bool, add: bool, weight: bool, bias: bool, offset: float = 0.0, **more: Any) -> Case:
     def make() -> dict[str, Tensor]:
-        out = {"x": spread(normal(*rows, n))}
+        out = {"x": spread(normal(*rows, n) + ramp(n))}
         if add:
             out["residual"] = normal(*rows, n)
         if weight:
@@ -161,7 +166,13 @@ def entropy_case(n: int, c: int, smoothing: float, blocks: int = 1, **more: Any)
         return (SplitLoss.apply(x, labels, blocks) if blocks > 1 else ops.cross_entropy(x, labels, -100, smoothing)[0].to(x.dtype),)
 
     name = f"cross_entropy {n}x{c} smoothing {smoothing}, {blocks} blocks{' ' + more['layout'] if 'layout' in more else ''}"
-    return Case(name, lambda: {"x": normal(n, c, scale=4.0)}, ours, eager, ("x",), **more)
+
+    def make() -> dict[str, Tensor]:
+        x = normal(n, c, scale=3.0) + 4 * ramp(c)
+        x[1 % n, -1] += 15  # the maximum comes last
+        return {"x": x}
+
+    return Case(name, make, ours, eager, ("x",), **more)
 
 
 def adamw_case(n: int, step: int, more: bool, **rest: Any) -> Case:
@@ -284,8 +295,9 @@ def cases() -> Iterator[Case]:
     yield norm_case((2,), 20011, True, False, True, True, dtypes=(torch.bfloat16,), quick=True, kernels=frozenset(wide | wide_back))
     for n in (1, 8, 100, 768, 1023, 2048):
         rows = (64,) if n < 100 else (13,)
-        yield norm_case(rows, n, False, False, True, False)
-        yield norm_case(rows, n, True, False, True, True)
+        dtypes = HALF if n == 1 else FLOATS  # one element a row: in float32 nothing is left but rounding
+        yield norm_case(rows, n, False, False, True, False, dtypes=dtypes)
+        yield norm_case(rows, n, True, False, True, True, dtypes=dtypes)
     for weight, bias in ((False, False), (True, False), (False, True)):
         for add in (False, True):
             yield norm_case((11,), 96, True, add, weight, bias)
@@ -309,9 +321,9 @@ def cases() -> Iterator[Case]:
     for b, h, s, d, r, batches in ((1, 33, 4, 128, 128, 1), (2, 4, 3, 80, 32, 2), (2, 2, 3, 10, 6, 1), (1, 2, 4, 256, 256, 0)):
         for layout in ("dense", "turned", "apart"):
             yield rope_case(b, h, s, d, r, batches, layout=layout)
-    yield entropy_case(6, 4099, 0.0, **quick, kernels=frozenset({"cross_entropy.forward", "cross_entropy.backward"}))
+    yield entropy_case(14, 4099, 0.0, **quick, kernels=frozenset({"cross_entropy.forward", "cross_entropy.backward"}))
     yield entropy_case(11, 1000, 0.1, quick=True)
-    yield entropy_case(7, 1001, 0.0, 3, **quick, kernels=frozenset({"cross_entropy.combine"}))
+    yield entropy_case(25, 1001, 0.0, 3, **quick, kernels=frozenset({"cross_entropy.combine"}))
     yield softmax_case((2, 3, 5, 33), (2, 1, 5, 33), **quick, kernels=frozenset({"softmax.forward", "softmax.backward"}))
     yield softmax_case((2, 3, 5, 70), (5, 70), True, quick=True)
     for layout in ("dense", "gaps", "apart", "turned"):
@@ -326,7 +338,7 @@ def cases() -> Iterator[Case]:
     yield dropout_case(7, 33, 0.3, **quick, kernels=frozenset({"dropout_add"}))
     for layout in ("dense", "gaps", "apart"):
         yield dropout_case(9, 1200, 0.1, layout=layout)
-    for n, c in ((1, 1), (37, 7), (4, 9000), (3, 16384)):
+    for n, c in ((1, 1), (37, 7), (13, 9000), (9, 16384)):
         for layout in ("dense", "gaps", "apart"):
             yield entropy_case(n, c, 0.0, layout=layout)
         yield entropy_case(n, c, 0.2)
@@ -383,9 +395,9 @@ def error(got: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Why a row misses the bar, empty when it does not. What one rounding of the exact value may cost (rms ulp/√12), or three
+    """Why a row misses the bar, empty when it does not. An rms below the unit roundoff (half an ulp), or three
     steps at the largest element, is no error."""
-    if not row["ours_rms"] <= max(BAR * row["eager_rms"], row["ulp"] / 12**0.5):
+    if not row["ours_rms"] <= max(BAR * row["eager_rms"], row["ulp"] / 2):
         return f"{row['case']} {row['dtype']} {row['quantity']}: rms {row['ours_rms']:.2e}, eager {row['eager_rms']:.2e}"
     if not row["ours_max"] <= max(BAR * row["eager_max"], 3 * row["ulp"]):
         return f"{row['case']} {row['dtype']} {row['quantity']}: max {row['ours_max']:.2e}, eager {row['eager_max']:.2e}"

@@ -38,7 +38,7 @@ def cross_entropy(x: Tensor, target: Tensor, ignore_index: int, smoothing: float
         return kernels.forward(x, target, ignore_index, smoothing)
     hard, even = 1.0 - smoothing, smoothing / x.shape[1]
     largest = x.amax(1).to(wide(x.dtype))
-    lse = loss.sum_exp(x, largest).log_().double() + largest
+    lse = loss.sum_exp(x, largest).double().log_() + largest
     value = lse - hard * loss.pick(x, target, 0, x.shape[1], ignore_index)
     if even:
         value -= even * x.sum(1, dtype=torch.float64)
@@ -60,9 +60,9 @@ def vocab_combine(stats: Tensor) -> tuple[Tensor, Tensor]:
     _check_stats(stats)
     if usable(stats):
         return kernels.combine(stats)
-    largest, total, picked = stats.unbind(1)
+    largest, total, picked = stats[:, 0].double(), stats[:, 1], stats[:, 2]
     m = largest.amax(0)
-    return (total * (largest - m).exp()).sum(0).log_().double() + m, picked.sum(0)
+    return (total * (largest - m).exp()).sum(0).log_() + m, picked.sum(0)
 
 
 def _check_stats(stats: Tensor) -> None:
