@@ -187,12 +187,19 @@ def test_micro_steps_of_unequal_shapes() -> None:
             torch.testing.assert_close(whole(pm.get_parameter(name).grad), p.grad)
 
 
-CASES = [("gpt2", {"random_costs": 4, "inputs": "local"}), ("gpt2", {"baseline": "fsdp"}), ("bert", {"random_costs": 2}), ("gpt2", {})]
+THREE = ((4, 8), (3, 8), (4, 6), (4, 8), (3, 8))  # batch, sequence
+CASES: list[tuple[str, dict[str, Any], Any]] = [
+    ("gpt2", {"baseline": "ddp", "inputs": "local"}, ((4, 8), (3, 8), (4, 8))),
+    ("gpt2", {"random_costs": 4, "inputs": "local"}, THREE),
+    ("gpt2", {"baseline": "fsdp"}, THREE),
+    ("bert", {"random_costs": 2}, THREE),
+    ("gpt2", {}, THREE),
+]
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("cases", [CASES[:1], pytest.param(CASES[1:], marks=pytest.mark.slow)], ids=["local", "others"])
-def test_real_processes(tmp_path: Path, cases: list[tuple[str, dict]]) -> None:
+def test_real_processes(tmp_path: Path, cases: list[tuple[str, dict, Any]]) -> None:
     """Training over batches of several shapes, with evaluation between, on two processes."""
-    work = [{"training": "shapes", "model": model, "mesh": (2,), "options": options} for model, options in cases]
+    work = [{"training": "shapes", "model": model, "mesh": (2,), "options": options, "shapes": shapes} for model, options, shapes in cases]
     agree(work, launch(2, work, tmp_path))
