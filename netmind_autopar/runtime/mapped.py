@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ir import flags
 from ..ir.errors import OffloadError
 
-PIECE_BYTES = 1 << 23  # copied at a time
+PIECE_BYTES = 1 << 21  # copied at a time
 _BLOCK = bytes(1 << 20)
 _maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()  # by address
 
@@ -69,7 +69,7 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def drop(x: Tensor, start: int = 0, size: int | None = None) -> None:
-    """Give back the physical memory of a tensor's file, or of `size` bytes from `start` of it; of other tensors nothing. Its numbers stay."""
+    """Give back the physical memory of a tensor's file, or of `size` bytes from `start` of it; other tensors are left alone."""
     mapped = _maps.get(x.untyped_storage().data_ptr()) if x.device.type == "cpu" else None
     if mapped is None or not hasattr(mapped, "madvise"):
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,11 +29,16 @@ Init = Callable[[nn.Module], object]
 
 @dataclass(frozen=True)
 class Cut:
-    """This device's part of tensors. specs: by the tensor's id; others are kept whole."""
+    """This device's part of tensors. specs: by the tensor's id; others are kept whole. keep: where a part is put, at once, by that id."""
 
     specs: Mapping[int, Spec]
     sizes: tuple[int, ...]
     coord: tuple[int, ...]
+    keep: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def put(self, tensor: Tensor, part: Tensor) -> Tensor:
+        """A part where it is kept."""
+        return self.keep[id(tensor)](part) if id(tensor) in self.keep else part
 
     def box(self, tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where this device's part begins in each dim, and how long it is."""
@@ -46,7 +51,8 @@ class Cut:
     def of(self, tensor: Tensor, whole: Tensor) -> Tensor:
         """The part of `whole`, the values of `tensor`, in memory of its own."""
         spec = self.specs.get(id(tensor))
-        return (whole if spec is None else shard(whole, spec, self.sizes, self.coord)).clone(memory_format=torch.contiguous_format)
+        part = whole if spec is None else shard(whole, spec, self.sizes, self.coord)
+        return self.put(tensor, part if id(tensor) in self.keep else part.clone(memory_format=torch.contiguous_format))
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def _loaded(model: nn.Module, cut: Cut, weights: Weights) -> dict[int, Tensor]:
             missing += [name] if isinstance(tensor, nn.Parameter) else []
             continue
         weights.check(there, name, tensor.shape)
-        found[id(tensor)] = weights.read(there, *cut.box(tensor)).to(tensor.dtype)
+        found[id(tensor)] = cut.put(tensor, weights.read(there, *cut.box(tensor)).to(tensor.dtype))
     if missing:
         raise InputError(
             f"the weights do not have {missing[0]!r}" + (f", nor {len(missing) - 1} other parameters" if len(missing) > 1 else ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -227,15 +228,16 @@ class ParallelModule(nn.Module):
         specs = {i.name: s for i, s in zip(self._executable.inputs, self._executable.input_specs, strict=True) if i.role == "param"}
         laid = {id(p): s for n, p in parameters.items() if (s := specs.get(n) or specs.get(self._executable.tied.get(n, n)))}
         hidden = {f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set}
-        cut, bare = Cut(laid, sizes, coord), Bare.of(model)
+        tiers = {id(p): self._executable.stowed[n] for n, p in parameters.items() if n in self._executable.stowed}
+        cut = Cut(laid, sizes, coord, {at: functools.partial(elsewhere, tier=tier, device=device) for at, tier in tiers.items()})
+        bare = Bare.of(model)
         made: Any = together(lambda: materialise(model, cut, bare, weights=weights, init=init))
         adopted: dict[int, nn.Parameter] = {}  # one tensor that has two names stays one
         for name, parameter in parameters.items():
             key = id(parameter)
             if key not in adopted:
-                tier = self._executable.stowed.get(name, "")
                 local = made.pop(key) if key in made else cut.of(parameter, _broadcast(parameter, device))
-                local = elsewhere(local, tier, device) if tier else local.to(device)
+                local = local if key in cut.keep else local.to(device)
                 placements = torch_placements(laid[key]) if key in laid else [TorchReplicate()] * len(sizes)  # one that is never used
                 dtensor = as_dtensor(local, self._mesh, placements, parameter.shape)
                 adopted[key] = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)

@@ -108,7 +108,11 @@ class TensorFile:
         box = whole.view(entry.shape)
         for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
             box = box.narrow(dim, offset, size)
-        return box.clone(memory_format=torch.contiguous_format)
+        out = box.clone(memory_format=torch.contiguous_format)
+        if hasattr(self._map, "madvise"):  # what was read is not kept in memory a second time
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, page, self._start + entry.end - page)
+        return out
 
 
 def _read_header(path: Path, fd: int, size: int) -> tuple[dict[str, Entry], dict[str, str], int]:

@@ -92,8 +92,8 @@ def with_places(
     where = [gone[member] for member in members if member in gone]
     host, disk = where.count("host"), where.count("disk")
     if len(trained) in (0, len(members)):
-        return replace(node, size=size, trained=bool(trained)).stow(host, disk)
-    bare = replace(node, size=size if where else None, trained=True, state=None).stow(host, disk)
+        return replace(node, size=size, trained=bool(trained), count=len(members)).stow(host, disk)
+    bare = replace(node, size=size if where else None, trained=True, count=len(members), state=None).stow(host, disk)
     return replace(bare, state=node.state, here=node.here)  # trained in part: its state is counted as if it stayed
 
 

@@ -42,7 +42,7 @@ class Node:
     state[k]: bytes of the optimizer state of one of its parameters; `resident` holds that of `here` of them, of parked[0] it waits in
     host memory, of parked[1] on disk. None: there is none.
     size[k]: bytes of one of its parameters; None: they cannot wait elsewhere. stowed: how many do, in host memory and on disk, and
-    `resident` has nothing of them. trained: they have gradients.
+    `resident` has nothing of them; count: how many do not. trained: they have gradients.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Node:
     size: np.ndarray | None = None
     stowed: tuple[int, int] = (0, 0)
     trained: bool = False
+    count: int = 0
 
     def park(self, host: int, disk: int = 0) -> Node:
         """The same node, with the optimizer state of that many more parameters elsewhere."""
@@ -72,7 +73,8 @@ class Node:
         if self.size is None or not count:
             return self
         now, state = (self.stowed[0] + host, self.stowed[1] + disk), 0 if self.state is None else self.state
-        return replace(self, resident=self.resident - count * (self.size + state), here=max(self.here - count, 0), stowed=now)
+        left = self.resident - count * (self.size + state)
+        return replace(self, resident=left, here=max(self.here - count, 0), stowed=now, count=self.count - count)
 
     def piece(self, k: int) -> int:
         """Bytes of one stowed parameter that are on the device at the optimizer's moment: itself, its gradient and its state."""

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from .linear import Answer, Program
-from .place import Places
+from .place import Places, stowable
 from .tape import NONE, Names, Op, Run, Saved, Tape
 
 FAR = 1 << 60
+SMALL = 2e-3  # of all that may wait elsewhere, what a class of parameters must have to be worth a thought
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Cut:
     def __init__(self, tape: Tape, offload: Mapping[str, frozenset[int]] | None = None) -> None:
         self.tape, self.problem, self.offload = tape, tape.problem, offload or {}
         self.least: tuple[Saved, Run] | None = None  # kept by mix.least
+        self.gains: dict[int, np.ndarray] | None = None  # see freed
         self.end = tape.problem.forward_end
         self.forward = [op for op in tape.ops if op.final < 0 and op.moment <= self.end]
         self._layers()
@@ -217,11 +219,31 @@ class Cut:
     def placed(self, places: Places, disk: Names | None = None) -> Cut:
         """The program for the tape when this optimizer state waits elsewhere."""
         out = copy.copy(self)
-        out.tape, out.least = self.tape.placed(places, disk), None
+        out.tape, out.least, out.gains = self.tape.placed(places, disk), None, None
         out.problem = out.tape.problem
         out.base = self.base + (out.tape.resident - self.tape.resident)
         out.base[-1] += out.tape.step - self.tape.step
         return out
+
+    def freed(self) -> dict[int, np.ndarray]:
+        """Per node whose parameters may wait elsewhere themselves the bytes that this frees at every moment, of all of them.
+
+        At the optimizer's moment a bucket comes back, which is counted as shared among all.
+        """
+        if self.gains is None:
+            tape, self.gains = self.tape, {}
+            may = stowable(tape.problem, tape.choice)
+            total = sum(count * size for count, size in may.values())
+            before = tape.run().profile(self.problem.moments)
+            for n, (count, size) in may.items():
+                if count * size < SMALL * total:
+                    continue
+                gain = before - tape.stow({n: (count, 0)}).run().profile(self.problem.moments)
+                gain[-1] = (
+                    int(count * size * max(0.0, 1.0 - self.problem.bucket_bytes / total)) if self.problem.nodes[n].trained else gain[-1]
+                )
+                self.gains[n] = gain
+        return self.gains
 
     def solve(
         self,
@@ -232,12 +254,14 @@ class Cut:
         host: bool = False,
         park: bool = False,
         room: int | None = None,
+        stow: bool = False,
     ) -> Answer | None:
         """The cheapest shares when a byte that waits at moment m costs `prices[m]` seconds, or when `rows` stay within `limit` bytes.
 
-        host: things may wait elsewhere. park: optimizer state may. room: bytes that both may take there, None for no limit.
+        host: things may wait elsewhere. park: optimizer state may. stow: parameters may. room: bytes that all may take there, None for no
+        limit.
         None when no shares fit."""
-        work = Program(self, prices or {}, host and self.problem.host_bytes_s > 0, park, room)
+        work = Program(self, prices or {}, host and self.problem.host_bytes_s > 0, park, room, stow)
         numbers = {m: work.memory(m, limit or 0) for m in rows}
         return work.answer(numbers, limit or 0)
 

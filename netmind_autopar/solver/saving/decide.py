@@ -17,7 +17,7 @@ from .. import milp
 from ..build import Built, build
 from ..conversions import end_rules, regathered
 from ..fold import classes
-from ..parking import OPTIMIZER, parked, stowed
+from ..parking import OPTIMIZER, PARAM, parked, stowed
 from ..presolve import Kept, cells, reduce
 from ..problem import Problem, evaluate
 from ..replay import offloaded, rewritten
@@ -132,7 +132,7 @@ def within(task: Task, built: Built, first: Solution, limit: int, *, allowed: Ke
 def _written(task: Task, built: Built, joint: Joint, limit: int, gap: float) -> Decision:
     """The joint plan as names, counted out on the rewritten program."""
     recompute, regather, offload = entries(built.problem, joint.saved, joint.disk)
-    state = state_entries(built.problem, joint.places)
+    state = state_entries(built.problem, joint.places, joint.stowed)
     new = task.build(recompute, regather, offload, limit, state)
     at = {kind.name: k for kind, k in zip(built.kinds, joint.choice, strict=True)}
     choice = tuple(at[kind.name] for kind in new.kinds)
@@ -175,11 +175,13 @@ def entries(problem: Problem, saved: Saved, disk: Names | None = None) -> tuple[
     return tuple(recompute), named(saved.regather), named(host) + named(disk or {}, "disk")
 
 
-def state_entries(problem: Problem, places: Places) -> tuple[str, ...]:
-    """`state` of a plan: of each class the first parameters in host memory, the next on disk."""
+def state_entries(problem: Problem, places: Places, stowed: Places | None = None) -> tuple[str, ...]:
+    """`state` of a plan: of each class the first parameters in host memory, the next on disk; then those whose state alone waits so."""
     out: list[str] = []
-    for n, (host, disk) in sorted(places.items()):
-        node = problem.nodes[n]
-        out += entries_of(node.name, range(host), node.here, "host", OPTIMIZER)
-        out += entries_of(node.name, range(host, host + disk), node.here, "disk", OPTIMIZER)
+    for what, found in ((PARAM, stowed or {}), (OPTIMIZER, places)):
+        for n, (host, disk) in sorted(found.items()):
+            node, first = problem.nodes[n], sum((stowed or {}).get(n, (0, 0))) if what == OPTIMIZER else 0
+            count = node.count if what == PARAM else node.here
+            out += entries_of(node.name, range(first, first + host), count, "host", what)
+            out += entries_of(node.name, range(first + host, first + host + disk), count, "disk", what)
     return tuple(out)

@@ -18,7 +18,7 @@ from ..problem import Choice, Problem, seconds
 from ..search import quick
 from .cut import Cut
 from .mix import Fit, fit, least
-from .place import Places, parkable_bytes, places
+from .place import Places, parkable_bytes, places, stowable, stowed_places
 from .polish import polish, squeezed
 from .price import priced, shares
 from .tape import Names, Run, Saved, Tape
@@ -35,7 +35,8 @@ HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; share
 @dataclass(frozen=True)
 class Joint:
     """A sharding and what is saved under it. seconds and peak as the tape counts them; no plan within the limit takes less than `bound`.
-    places: optimizer state that waits elsewhere. disk: of the values that wait for backward elsewhere, those on disk.
+    places: optimizer state that waits elsewhere. disk: of the values that wait for backward elsewhere, those on disk. stowed: parameters
+    that wait elsewhere themselves.
 
     When nothing fits, `fits` is False and the plan is the one with the least peak that was found."""
 
@@ -49,6 +50,7 @@ class Joint:
     waits_s: float = 0.0
     places: Places = field(default_factory=dict)
     disk: Names = field(default_factory=dict)
+    stowed: Places = field(default_factory=dict)
 
 
 class _Search:
@@ -174,15 +176,19 @@ def _result(search: _Search) -> Joint:
         best_s, choice, found = search.best
         bound = min(search.bound, best_s)
         run = found.run
-        return Joint(choice, found.saved, best_s, run.peak, bound, True, found.prices, run.waits_s, run.places, found.tape.disk)
-    ways: list[tuple[Saved, Run, Choice, Places]] = []
+        where = run.places, found.tape.disk, found.tape.stowed
+        return Joint(choice, found.saved, best_s, run.peak, bound, True, found.prices, run.waits_s, *where)
+    ways: list[tuple[Saved, Run, Choice, Places, Places]] = []
     for choice, (cut, _) in search.tried.items():
         bare, state = _emptied(cut)
-        ways += [(*least(cut.tape, cut), choice, {}), *([(*least(bare.tape, bare), choice, state)] if state else [])]
-    saved, run, choice, state = min(ways, key=lambda way: way[1].peak)
+        ways += [(*least(cut.tape, cut), choice, {}, {}), *([(*least(bare.tape, bare), choice, state, {})] if state else [])]
+        if all_ := stowed_places(cut.problem, choice, dict.fromkeys(stowable(cut.problem, choice), 1.0)):
+            there = Cut(cut.tape.stow(all_))
+            ways.append((*least(there.tape, there), choice, {}, all_))
+    saved, run, choice, state, stowed = min(ways, key=lambda way: way[1].peak)
     if run.peak <= search.limit:
-        return Joint(choice, saved, run.seconds, run.peak, min(search.bound, run.seconds), True, {}, run.waits_s, state)
-    return Joint(choice, saved, math.inf, run.peak, search.bound, False, {}, 0.0, state)
+        return Joint(choice, saved, run.seconds, run.peak, min(search.bound, run.seconds), True, {}, run.waits_s, state, {}, stowed)
+    return Joint(choice, saved, math.inf, run.peak, search.bound, False, {}, 0.0, state, {}, stowed)
 
 
 def _emptied(cut: Cut) -> tuple[Cut, Places]:

@@ -2,20 +2,23 @@
 
 With `park` there is one more column, s ∈ [0, 1], the share of all optimizer state S that waits elsewhere between steps: it costs
 2 S / bandwidth, and every moment's row gets -S s, the optimizer's -(S - a bucket) s.
+
+With `stow` there is a column for each class of parameters, the share of it that waits elsewhere itself, with gradient and state: the
+rows get what that frees (`Cut.freed`), links what travels in both phases, and it costs what travels at the optimizer's moment.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import milp
-from ..problem import parked_byte_s
-from .place import parkable_bytes
+from ..problem import parked_byte_s, stowed_s
+from .place import parkable_bytes, stowable
 
 if TYPE_CHECKING:
     from .cut import Cut, Thing
@@ -41,12 +44,15 @@ class Answer:
     host: tuple[float, float]
     links: Mapping[tuple[int, int], tuple[float, float, float]]
     parked: float = 0.0
+    stowed: Mapping[int, float] = field(default_factory=dict)  # per node the share of its parameters that wait elsewhere themselves
 
 
 class Program:
     """The linear program. Seconds and bytes are scaled to about one."""
 
-    def __init__(self, cut: Cut, prices: Mapping[int, float], host: bool, park: bool = False, room: int | None = None) -> None:
+    def __init__(
+        self, cut: Cut, prices: Mapping[int, float], host: bool, park: bool = False, room: int | None = None, stow: bool = False
+    ) -> None:
         self.cut, self.model, self.host = cut, milp.Model(), host
         self.o: dict[int, int] = {}
         self.waits: list[int] = []
@@ -63,26 +69,55 @@ class Program:
         for i, thing in enumerate(cut.things):
             self._thing(i, thing, float(charge[i]) * thing.bytes / self.scale)
         self._takes()
-        self.link = self._link() if host else ()
+        self.freed, self.may = (cut.freed(), stowable(cut.problem, cut.tape.choice)) if stow else ({}, {})
+        self.x = {n: self.model.var(self._stowing_s(n) / self.scale + 1e-7, True) for n in self.freed}
+        self.link = self._link() if host or self.x else ()
         self.state = parkable_bytes(cut.problem, cut.tape.choice) if park else 0
         self.s = self.model.var(self.state * parked_byte_s(cut.problem) / self.scale + 1e-7, True) if self.state else None
+        if self.s is not None and self.x:  # of one parameter it waits elsewhere once
+            self.model.row({self.s: 1.0, **{x: self._state(n) / self.state for n, x in self.x.items()}}, -math.inf, 1.0)
         if room is not None:
             terms = {o: len(cut.things[i].items) * cut.things[i].bytes / max(room, 1) for i, o in self.o.items()}
             terms |= {self.s: self.state / max(room, 1)} if self.s is not None else {}
+            terms |= {x: math.prod(self.may[n]) / max(room, 1) for n, x in self.x.items()}
             self.model.row(terms or {self.model.var(): 0.0}, -math.inf, 1.0)
 
+    def _stowing_s(self, n: int) -> float:
+        """Seconds at the optimizer's moment when all of a class waits elsewhere."""
+        problem = self.cut.problem
+        return self.may[n][0] * stowed_s(problem, problem.nodes[n], self.cut.tape.choice[n])
+
+    def _state(self, n: int) -> float:
+        """Optimizer state of all of a class that is on the device."""
+        node = self.cut.problem.nodes[n]
+        return node.here * float(node.state[self.cut.tape.choice[n]]) if node.state is not None else 0.0
+
+    def _parameters(self, trained: bool = False) -> dict[int, float]:
+        """Terms of the bytes that travel once, of all classes of parameters or those that are trained."""
+        nodes, choice, out = self.cut.problem.nodes, self.cut.tape.choice, {}
+        for n, x in self.x.items():
+            if nodes[n].trained or not trained:
+                out[x] = self.may[n][0] * float(nodes[n].size[choice[n]])  # type: ignore[index]
+        return out
+
     def _link(self) -> tuple[int, ...]:
-        """Transfers out hide behind forward, those back behind backward; what does not hide is waited for. The numbers of both rows."""
+        """Transfers out hide behind forward, those back behind backward; what does not hide is waited for. The numbers of both rows.
+
+        Parameters come in both phases and their gradients leave in backward: of these links there are two more rows.
+        """
         cut, rows = self.cut, []
         speed = cut.problem.host_bytes_s * self.scale
         spent = sum(op.seconds for op in cut.tape.ops if op.final < 0) - self.scale
-        for hidden in (self.scale, spent):
+        values = {o: float(len(cut.things[i].items) * cut.things[i].bytes) for i, o in self.o.items()}
+        links = [(self.scale, values), (spent, values | self._parameters())]
+        links += [(self.scale, self._parameters()), (spent, self._parameters(trained=True))] if self.x else []
+        for hidden, sizes in links:
             wait = self.model.var(1.0)
             self.waits.append(wait)
-            terms = {o: len(cut.things[i].items) * cut.things[i].bytes / speed for i, o in self.o.items()}
+            terms = {v: size / speed for v, size in sizes.items()}
             self.model.row({**terms, wait: -1.0}, -math.inf, HIDDEN * hidden / self.scale)
             rows.append(len(self.model.rows) - 1)
-        return tuple(rows)
+        return tuple(rows[:2])
 
     def _thing(self, i: int, thing: Thing, price: float) -> None:
         if thing.away or (thing.source < 0 and thing.maker == -1):
@@ -162,6 +197,7 @@ class Program:
         if self.s is not None:
             bucket = min(self.state, cut.problem.bucket_bytes) if moment == cut.problem.moments - 1 else 0
             terms[self.s] = -float(self.state - bucket) * unit
+        terms |= {x: -float(self.freed[n][moment]) * unit for n, x in self.x.items()}
         self.model.row(terms or {self.model.var(): 0.0}, -math.inf, (limit - float(cut.base[moment])) * unit)
         return len(self.model.rows) - 1
 
@@ -182,7 +218,9 @@ class Program:
         share = 0.0 if self.s is None else float(x[self.s])
         seconds += share * self.state * parked_byte_s(self.cut.problem) if share else 0.0
         links = self._links(duals * self.scale)
-        return Answer(recompute, again, kept, float(seconds), prices, offload, host, links, share * self.state)  # type: ignore[arg-type]
+        stowed = {n: float(x[v]) for n, v in self.x.items() if x[v] > 1e-6}
+        seconds += sum(part * self._stowing_s(n) for n, part in stowed.items())
+        return Answer(recompute, again, kept, float(seconds), prices, offload, host, links, share * self.state, stowed)  # type: ignore[arg-type]
 
     def _links(self, duals: np.ndarray) -> dict[tuple[int, int], tuple[float, float, float]]:
         out = {}

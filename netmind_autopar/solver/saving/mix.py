@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..problem import stowed_bytes
 from .cut import Answer, Cut, Way
-from .place import host_bytes, on_disk, places
+from .place import host_bytes, on_disk, places, room_left, stowable, stowed_places
 from .tape import Run, Saved, Tape
 
 ROWS = 8  # rounds of adding crowded moments
 HALVES, CLOSE = 7, 5e-3  # steps, and relative distance, at which the search for the least peak ends
 TRIES = 6  # rounds of asking for less because a run needed more than the program saw
 EDGE = 1e-3  # the cheaper way's price is lower by this share,
+MORE = (1.0, 1.3, 2.0, 0.0)  # times as many parameters elsewhere as the linear program says, until it fits; 0: all
 DEARER = (1 + EDGE, 1.1, 1.5, 3.0, 10.0)  # the dearer way's price is this times the right one
 
 
@@ -52,6 +54,7 @@ def fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
         if any(way is not None and way.tape.disk for way in ways):
             other = crowd(cut, limit, host=True, park=True, room=cut.problem.host_limit_bytes)
             ways.append(_elsewhere(cut, other, limit) if other else None)
+        ways.append(_stowing(cut, limit))
     return min((way for way in ways if way is not None), key=lambda way: way.run.seconds, default=None)
 
 
@@ -63,6 +66,32 @@ def _elsewhere(cut: Cut, answer: Answer, limit: int) -> Fit | None:
     there = cut.placed(state, disk)
     found = _fit(there.tape, Cut(there.tape, names) if names else there, limit)
     return _parked(replace(found, prices=answer.prices, answer=answer), tape.within(limit, disk, room)) if found else None
+
+
+def _stowing(cut: Cut, limit: int) -> Fit | None:
+    """The way in which parameters wait elsewhere too, as many as the linear program says or, where that does not fit, more; None when none
+    need to, or nothing fits."""
+    may = stowable(cut.problem, cut.tape.choice)
+    if not may:
+        return None
+    answer = crowd(cut, limit, host=True, park=True, stow=True, room=cut.problem.host_limit_bytes)
+    if answer is not None and not answer.stowed:
+        return None
+    for more in MORE if answer is not None else MORE[-1:]:
+        shares = {n: min(share * more, 1.0) for n, share in answer.stowed.items()} if answer and more else dict.fromkeys(may, 1.0)
+        tape = cut.tape.stow(stowed_places(cut.problem, cut.tape.choice, shares))
+        names, parked = (_sent(cut, answer), answer.parked) if answer else ({}, math.inf)
+        room = room_left(tape.problem, tape.choice)
+        state = places(tape.problem, tape.choice, parked, room)
+        taken = host_bytes(tape.problem, tape.choice, state) + stowed_bytes(tape.problem, tape.choice)[0]
+        disk, left = on_disk(tape, names, taken)
+        left = None if left is None else max(left - stowed_bytes(tape.problem, tape.choice)[0], 0)
+        there = Cut(tape.placed(state, disk), names)
+        found = _fit(there.tape, there, limit)
+        if found is not None:
+            found = replace(found, prices=answer.prices, answer=answer) if answer else found
+            return _parked(found, tape.within(limit, disk, left))
+    return None
 
 
 def _parked(found: Fit, tape: Tape) -> Fit:
@@ -144,7 +173,7 @@ def _between(tape: Tape, cut: Cut, answer: Answer, limit: int) -> tuple[tuple[Sa
     return (found if seen is None else None), over
 
 
-def crowd(cut: Cut, limit: int, *, host: bool = False, park: bool = False, room: int | None = None) -> Answer | None:
+def crowd(cut: Cut, limit: int, *, host: bool = False, park: bool = False, room: int | None = None, stow: bool = False) -> Answer | None:
     """The linear program with the rows of all moments that matter."""
     sizes = np.array([thing.bytes for thing in cut.things], np.int64)
     rows = [int(cut.base.argmax())]
@@ -152,11 +181,11 @@ def crowd(cut: Cut, limit: int, *, host: bool = False, park: bool = False, room:
     rows += [m for m in (int(start.argmax()),) if m not in rows]
     answer: Answer | None = None
     for _ in range(ROWS):
-        answer = cut.solve(limit=limit, rows=rows, host=host, park=park, room=room)
+        answer = cut.solve(limit=limit, rows=rows, host=host, park=park, room=room, stow=stow)
         if answer is None:
             return None
         profile = cut.base + (sizes * answer.kept) @ cut.gap if len(sizes) else cut.base
-        profile = profile - answer.parked
+        profile = profile - answer.parked - sum(share * cut.freed()[n] for n, share in answer.stowed.items())
         profile[-1] += min(answer.parked, cut.problem.bucket_bytes)
         worst = int(profile.argmax())
         if profile[worst] <= limit * (1 + 1e-6) or worst in rows:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..problem import Choice, Problem
+from ..problem import Choice, Problem, stowed_bytes
 
 if TYPE_CHECKING:
     from .tape import Names, Tape
@@ -84,6 +84,29 @@ def _tiers(sizes: Mapping[int, int], taken: Mapping[int, int], room: int | None)
         out[n] = fits, taken[n] - fits
         room = None if room is None else room - fits * sizes[n]
     return out
+
+
+def stowable(problem: Problem, choice: Choice) -> dict[int, tuple[int, int]]:
+    """Nodes whose parameters may wait elsewhere themselves: how many may, and bytes of one there, with gradient and optimizer state."""
+    if problem.host_bytes_s <= 0:
+        return {}
+    pairs = enumerate(zip(problem.nodes, choice, strict=True))
+    found = {n: (node.count, node.piece(k) or int(node.size[k])) for n, (node, k) in pairs if node.size is not None and node.count}
+    return {n: (count, size) for n, (count, size) in found.items() if size}
+
+
+def stowed_places(problem: Problem, choice: Choice, shares: Mapping[int, float]) -> dict[int, tuple[int, int]]:
+    """Of each of these nodes at least this share of its parameters, the first ones: in host memory while that has room, then on disk."""
+    may = stowable(problem, choice)
+    taken = {n: min(math.ceil(shares[n] * may[n][0] - 1e-6), may[n][0]) for n in sorted(shares) if n in may}
+    return _tiers({n: may[n][1] for n in taken}, {n: count for n, count in taken.items() if count}, problem.host_limit_bytes)
+
+
+def room_left(problem: Problem, choice: Choice) -> int | None:
+    """Host memory that stowed parameters leave; None: no limit."""
+    if problem.host_limit_bytes is None:
+        return None
+    return max(problem.host_limit_bytes - stowed_bytes(problem, choice)[0], 0)
 
 
 def host_bytes(problem: Problem, choice: Choice, found: Places) -> int:

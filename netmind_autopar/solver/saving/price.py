@@ -16,7 +16,9 @@ the linear program of cut.py at the choice in hand.
 
 Optimizer state S(k) of a parameter may wait elsewhere for c seconds per byte, and is then charged nothing: its node pays
 -max(0, Σ λ_m - c) S(k). At the optimizer's moment a bucket B of it is back: x bytes elsewhere free max(0, x - B) there, which is at
-most x (1 - B / S) for the largest S that all parameters together can have, so that moment's λ counts with that factor.
+most x (1 - B / S) for the largest S that all parameters together can have, so that moment's λ counts with that factor. A parameter that
+waits elsewhere itself is charged for neither its bytes nor its state nor, from the moment at which it is made, its gradient, and pays what
+travels at the optimizer's moment: per parameter its node pays the less of both. What travels in forward and backward may hide.
 
 A conversion that both phases want is made twice or kept: C for one of them, C + e = C + min(C, Λ (copy - least bytes kept)) for
 both. Charging forward e, backward e and both together C - e is the same, so two values say it.
@@ -30,7 +32,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..problem import BACKWARD, FORWARD, Node, Problem, Value, parked_byte_s
+from ..problem import BACKWARD, FORWARD, Node, Problem, Value, parked_byte_s, stowed_s
 from .cut import Answer, Cut
 
 
@@ -105,8 +107,8 @@ class _Priced:
         self.pays: dict[tuple[int, int], np.ndarray] = {}  # y per target state, all instances together
         self.earns: dict[tuple[int, int], np.ndarray] = {}  # z per source state: for being there,
         self.keeps: dict[tuple[int, int], np.ndarray] = {}  # and for being kept
-        gain = self._gain(prices)
-        self.nodes = [self._parked(node, gain) for node in problem.nodes]
+        self._gain(prices)
+        self.nodes = [self._parked(n, node) for n, node in enumerate(problem.nodes)]
         first = sorted((node.moments[0], n) for n, node in enumerate(problem.nodes) if node.again)
         for v, value in enumerate(problem.values):
             if not problem.nodes[value.node].again:
@@ -115,21 +117,39 @@ class _Priced:
         for _, n in first:
             self._node(n)
 
-    def _gain(self, prices: Mapping[int, float]) -> float:
-        """Seconds per byte of optimizer state that waits elsewhere, at most."""
-        problem = self.problem
+    def _gain(self, prices: Mapping[int, float]) -> None:
+        """freed: seconds per byte that is nowhere, at most. gradients: per node the same of every parameter's gradient, once it is made."""
+        problem, last = self.problem, self.problem.moments - 1
         most = sum(node.here * float(node.state.max()) for node in problem.nodes if node.state is not None)
+        stowed = [node for node in problem.nodes if node.size is not None and problem.host_bytes_s > 0]
+        most += sum(2 * node.count * float(node.size.max()) for node in stowed)  # type: ignore[union-attr]
         share = max(0.0, 1.0 - problem.bucket_bytes / most) if most else 0.0
-        freed = sum(price * (share if m == problem.moments - 1 else 1.0) for m, price in prices.items())
-        return freed - parked_byte_s(problem)
+        self.freed = sum(price * (share if m == last else 1.0) for m, price in prices.items())
+        self.gradients: dict[int, list[float]] = {}
+        for value in problem.values if stowed else ():
+            for t, consumer in enumerate(value.consumers if value.owners is not None else ()):
+                for made, owner in zip(value.produced.tolist(), value.owners[:, t].tolist(), strict=True):  # type: ignore[index]
+                    if owner >= 0:
+                        worth = sum(price * (share if m == last else 1.0) for m, price in prices.items() if m >= made)
+                        self.gradients.setdefault(consumer.node, []).append(worth)
 
-    def _parked(self, node: Node, gain: float) -> Node:
-        """What a byte of optimizer state gains by waiting elsewhere, taken off; the most that it can be is taken off for all alike."""
-        if node.state is None or gain <= 0.0 or not node.here:
+    def _parked(self, n: int, node: Node) -> Node:
+        """What bytes that wait elsewhere gain, taken off; the most that it can be is taken off for all alike."""
+        problem, nothing = self.problem, np.zeros(len(node.labels))
+        state = nothing if node.state is None else node.state.astype(float)
+        alone = np.maximum((self.freed - parked_byte_s(problem)) * state, 0.0) if math.isfinite(parked_byte_s(problem)) else nothing
+        gain = node.here * alone
+        if node.size is not None and node.count and problem.host_bytes_s > 0:
+            made = self.gradients.get(n, [])
+            cost = np.array([stowed_s(problem, node, k) for k in range(len(node.labels))])
+            each = self.freed * (node.size + state) - cost
+            gain = sum((np.maximum(each + worth * node.size, alone) for worth in made), nothing)
+            gain = gain + max(node.count - len(made), 0) * np.maximum(each + max(made, default=0.0) * node.size, alone)
+        if not gain.any():
             return node
-        most = gain * node.here * float(node.state.max())
+        most = float(gain.max())
         self.shift += most
-        return replace(node, seconds=node.seconds + most - gain * node.here * node.state)
+        return replace(node, seconds=node.seconds + most - gain)
 
     def _gap(self, value: Value, until: np.ndarray) -> np.ndarray:
         """Per instance the prices of the moments at which it only waits for backward, whatever is chosen."""

@@ -19,7 +19,7 @@ import math
 from dataclasses import replace
 
 from ..problem import Choice, Problem, parking_s, resident_bytes, step_bytes
-from .place import Places, places
+from .place import Places, places, room_left
 from .record import NONE, Counts, Names, Op, Run, Saved
 from .runner import Runner
 
@@ -155,7 +155,8 @@ class Tape:
         """The run with optimizer state elsewhere, all of it when that is not enough."""
         before, last = int(run.memory[:-1].max(initial=0)), int(run.memory[-1])
         for need in (before - limit, max(before, last + self.problem.bucket_bytes) - limit, math.inf):
-            found = places(self.problem, self.choice, need, self.host_room)
+            room = room_left(self.problem, self.choice) if self.host_room is None else self.host_room
+            found = places(self.problem, self.choice, need, room)
             there = self.placed(found)
             memory = run.memory + (there.resident - self.resident)
             memory[-1] += there.step - self.step
