@@ -147,7 +147,10 @@ def main() -> None:
         "bar": 1.1,
         "ok": over <= 1.1 and limited["losses"] == free["losses"] and limited["parameters_bytes"] >= 4 * limited["budget_bytes"],
         "losses_equal": limited["losses"] == free["losses"],
-        **{key: limited[key] for key in ("losses", "parameters_bytes", "budget_bytes", "planned_bytes", "resident_bytes", "loading_bytes", "program_bytes")},
+        **{
+            key: limited[key]
+            for key in ("losses", "parameters_bytes", "budget_bytes", "planned_bytes", "resident_bytes", "loading_bytes", "program_bytes")
+        },
         "resident_without_limit_bytes": free["resident_bytes"],
         "step_s": round(limited["step_s"], 3),
         "step_without_limit_s": round(free["step_s"], 3),
