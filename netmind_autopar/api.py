@@ -84,7 +84,8 @@ def plan(
     "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
     (docs/baselines.md), checkpoint: and runs every block again in backward. micro_batches: how many the step is made of, run one
     after the other with gradients added up; None: one, unless more fit where it does not, or are faster. outputs: names to keep, all
-    when None. mode: "inference" plans forward alone. offload: activations and optimizer state may wait in host memory or on disk.
+    when None. mode: "inference" plans forward alone. offload: activations, parameters and optimizer state may wait in host memory
+    or on disk (docs/offload.md).
     overlap: collectives travel beside compute, and the plan with the shortest timeline is taken (docs/timeline.md); False runs each where
     it is needed, and the sum counts.
     random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.

@@ -122,7 +122,9 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
     sub.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step (default: one, unless more are better)")
-    sub.add_argument("--offload", action="store_true", help="activations and optimizer state may wait in host memory or on disk")
+    sub.add_argument(
+        "--offload", action="store_true", help="activations, parameters and optimizer state may wait in host memory or on disk"
+    )
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
     sub.add_argument("--strict", action="store_true", help="refuse operations that have no sharding rule")

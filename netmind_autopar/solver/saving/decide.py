@@ -64,7 +64,7 @@ class Task:
     conversions: Conversions
     inputs: str
     states: int
-    offload: bool = False  # activations and optimizer state may wait elsewhere
+    offload: bool = False  # activations, parameters and optimizer state may wait elsewhere
 
     @functools.cached_property
     def known(self) -> tuple[dict[str, Rule], dict[str, str]]:
