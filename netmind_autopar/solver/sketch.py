@@ -56,6 +56,7 @@ class Flight:
     come: int
     at: tuple[int, int]
     after: int = -1
+    backward: bool = False  # begins and is waited for there: after all that forward waits for
 
 
 @dataclass
@@ -207,7 +208,7 @@ class _Step:
         for v, i, steps, begins in bucket.members:
             last = self._chain(v, i, steps, begins, at if len(bucket.members) > 1 else -1)
         v = bucket.members[-1][0]
-        self.flights.append(Flight(v, bucket.stream, bucket.seconds, at, self.work.ops, (at, len(self.flights)), last))
+        self.flights.append(Flight(v, bucket.stream, bucket.seconds, at, self.work.ops, (at, len(self.flights)), last, True))
 
     def _chain(self, v: int, i: int, steps: Sequence[Step], at: int, use: int) -> int:
         """The flights of one conversion, one after the other, the last one's position, -1 without any. use: -1 for the end of the phase."""
@@ -232,7 +233,7 @@ class _Step:
                 after = bisect_right(starts, go)
                 come = min(begun + int(share * (first - begun)), starts[after] if after < len(starts) else end, at)
             come = max(come, go)
-            self.flights.append(Flight(v, step.stream, step.seconds, go, come, (at, len(self.flights)), last))
+            self.flights.append(Flight(v, step.stream, step.seconds, go, come, (at, len(self.flights)), last, not forward))
             last, go = len(self.flights) - 1, come
         return last
 
@@ -274,15 +275,16 @@ class _Step:
             if value.gone is None:
                 continue
             p, _ = wanted(value, self.choice)
+            size = local_bytes(self.work.built.specs[v][0][p], self.work.conversions.mesh.sizes)
             for i, (left, there) in enumerate(value.gone.tolist()):
                 tier = "disk" if (value.name, value.rank[i]) in self.work.disk else "host"
-                seconds = float(value.bytes[p]) * link_s(problem, tier) if left >= 0 else 0.0
+                seconds = size * link_s(problem, tier) if left >= 0 else 0.0
                 if not seconds:
                     continue
                 made, out, come = self._made(v, i) + 1, (left - 1) // 2, (there - 1) // 2
                 use = min((int(m) // 2 for m in value.used[i].tolist() if m >= there - 1), default=self.work.ops)
                 self.flights.append(Flight(v, OUT, seconds, made, max(out, made), (made, len(self.flights))))
-                self.flights.append(Flight(v, IN, seconds, come, max(use, come), (use, len(self.flights))))
+                self.flights.append(Flight(v, IN, seconds, come, max(use, come), (use, len(self.flights)), -1, True))
 
 
 def _placed(step: _Step) -> Sketch:
@@ -325,8 +327,9 @@ class _Clock:
         items: list[tuple[tuple, int, int, bool]] = []
         for f, flight in enumerate(flights):
             own = flight.go >= flight.at[0] or (flight.after >= 0 and flights[flight.after].come >= flight.go)
-            items.append(((flight.go, 1, flight.at, 0, f) if own else (flight.go, 0, flight.come, flight.at, f), flight.go, f, True))
-            items.append(((flight.come, 1, flight.at, 1, f), flight.come, f, False))
+            begin = (1, flight.at, 0, f) if own else (0, flight.come, flight.at, f)
+            items.append(((flight.go, flight.backward, *begin), flight.go, f, True))
+            items.append(((flight.come, flight.backward, 1, flight.at, 1, f), flight.come, f, False))
         self.items = sorted(items)
         self.now = self.computed = 0.0  # when the step ends, and when compute does
         self.begin, self.end = [0.0] * len(flights), [0.0] * len(flights)
