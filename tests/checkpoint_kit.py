@@ -46,7 +46,12 @@ BUILDS: dict[str, Callable[[], tuple]] = {
     "mlp": lambda: models.mlp(torch.float32),
     "resnet": lambda: models.resnet50(torch.float32),
 }
-STATE = ("optimizer:transformer.h.*.mlp.c_fc.weight", "disk:optimizer:transformer.wte.weight")
+STATE = (  # what waits in host memory or on disk: of some parameters the optimizer's state, of others all
+    "optimizer:transformer.h.*.mlp.c_fc.weight",
+    "disk:optimizer:transformer.wte.weight",
+    "param:transformer.h.*.attn.c_attn.weight",
+    "disk:param:transformer.wpe.weight",
+)
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from ..runtime.mapped import drop
 from ..runtime.parked import Parked
 from ..runtime.tensorfile import DTYPE_NAMES, DTYPES, TensorFile, TensorWriter
 from .manifest import Chunk, Index, TensorRecord, damaged
@@ -99,6 +100,7 @@ class Taking(StorageWriter):
             for key in file.order:
                 tensor = pieces[key].tensor
                 file.write(key, host_memory(tensor) if isinstance(tensor, Parked) else tensor)
+                drop(tensor.memory if isinstance(tensor, Parked) else tensor)
             return {self.file: file.close()}
 
 
@@ -186,11 +188,15 @@ def host_memory(home: Parked) -> Tensor:
 
 def _host_copy(x: Tensor | Parked) -> Tensor:
     if isinstance(x, Parked):
-        return host_memory(x).clone()
+        out = host_memory(x).clone()
+        drop(x.memory)
+        return out
     x = x.detach()
     if x.is_cuda:
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-    return x.to("cpu", copy=True).contiguous()
+    out = x.to("cpu", copy=True).contiguous()
+    drop(x)
+    return out
 
 
 def _key(item: WriteItem) -> str:
