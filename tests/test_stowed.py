@@ -416,5 +416,18 @@ def test_two_processes_train_alike(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"found.{rank}").read_text()) == {n: [True] * 3 for n in ("adamw", "sgd-momentum")}
 
 
+@pytest.mark.slow
+def test_a_model_larger_than_its_memory_trains_in_it(tmp_path: Path) -> None:
+    """Four times larger, on disk: the losses of training without a limit, bit by bit, and resident memory within the budget and a tenth."""
+    benchmark = Path(__file__).parent.parent / "benchmarks" / "stowed.py"
+    env = {**os.environ, "AUTOPAR_OFFLOAD": str(tmp_path)}
+    command = [sys.executable, str(benchmark), "--small", "--steps", "2", "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["ok"] and row["losses_equal"] and row["resident_bytes"] <= 1.1 * row["budget_bytes"], row
+    assert row["resident_without_limit_bytes"] > 10 * row["budget_bytes"]
+
+
 if __name__ == "__main__":
     worker(int(sys.argv[2]), Path(sys.argv[1]))

@@ -31,6 +31,7 @@ from netmind_autopar.solver.saving.place import room_left, stowable, stowed_plac
 from netmind_autopar.solver.saving.price import priced, shares
 from netmind_autopar.solver.saving.tape import Saved, Tape
 from netmind_autopar.solver.search import solve_problem
+from netmind_autopar.solver.sketch import Sketcher
 from netmind_autopar.solver.solve import solve
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.hash import graph_hash
@@ -173,6 +174,21 @@ def test_what_host_memory_has_no_room_for_goes_to_disk() -> None:
     host, disk = stowed_bytes(there, choice)
     assert host <= whole // 3 and host + disk == whole and room_left(there, choice) == whole // 3 - host
     assert parking_s(there, choice) > parking_s(replace(problem, nodes=nodes), choice) * 0.99
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_sketch_of_the_timeline_has_them(seed: int) -> None:
+    """On the streams of the host what the lowered program sends, and about its step."""
+    work = task("a=1")
+    plan = random_plan(work.program, dict(work.rules), "a=1", seed)
+    plan = plan.model_copy(update={"state": everything(work.program, dict(work.rules), random.Random(seed))})
+    built = work.build(state=plan.state)
+    found = Sketcher(built, work.conversions).sketch(choice_of(plan, built))
+    prepared, context = prepare(work.program, work.rules, plan)
+    full = simulate(events(lower(work.program, work.rules, plan), prepared, context, work.mesh))
+    for stream in ("to the host", "from the host", "optimizer state"):
+        assert found.busy[stream] == pytest.approx(full.busy[stream], rel=1e-6)
+    assert found.step_s == pytest.approx(full.step_s, rel=0.1)
 
 
 def test_transfers_stand_in_the_timeline() -> None:

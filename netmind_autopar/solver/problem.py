@@ -244,7 +244,16 @@ def items(problem: Problem, choice: Sequence[int]) -> Iterator[Item]:
 
 def _fetched(problem: Problem, value: Value, p: int, targets: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
     """The stretches in which a parameter that waits elsewhere is on the device, as passes/stow.py makes them."""
-    taken: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}  # by phase: when it is taken, when let go
+    starts, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for late, (first, last) in stays_by_phase(value, p, targets).items():
+        starts.append(fetched_at(problem, first, late))
+        ends.append(last)
+    return np.concatenate(starts), np.concatenate(ends)
+
+
+def stays_by_phase(value: Value, p: int, targets: list[tuple[int, list[int]]]) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
+    """Per phase in which a parameter is taken (True: backward) when it is first, and when it is let go of."""
+    taken: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {False: [], True: []}
     for q, takers in targets:
         if value.same[p, q]:
             for t in takers:
@@ -252,13 +261,11 @@ def _fetched(problem: Problem, value: Value, p: int, targets: list[tuple[int, li
         else:
             made = value.used[:, takers].min(axis=1)
             taken[all(value.consumers[t].phase == BACKWARD for t in takers)].append((made, made))
-    starts, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for late, pairs in taken.items():
-        if pairs:
-            first = np.min([use for use, _ in pairs], axis=0)
-            starts.append(fetched_at(problem, first, late))
-            ends.append(np.max([held for _, held in pairs], axis=0))
-    return np.concatenate(starts), np.concatenate(ends)
+    return {
+        late: (np.min([use for use, _ in pairs], axis=0), np.max([held for _, held in pairs], axis=0))
+        for late, pairs in taken.items()
+        if pairs
+    }
 
 
 def fetched_at(problem: Problem, use: np.ndarray, late: bool) -> np.ndarray:

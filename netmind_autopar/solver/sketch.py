@@ -29,6 +29,7 @@ from ..ir.spec import local_bytes
 from .build import Built
 from .explain import summed_bytes
 from .problem import Choice, link_s, parking_s, wanted
+from .stowing import travels
 from .window import back
 
 LOCAL = ("slice", "mask")
@@ -271,6 +272,8 @@ class _Step:
         problem = self.work.problem
         if problem.host_bytes_s <= 0:
             return
+        for v, inward, seconds, go, come in travels(problem, self.choice) if any(any(n.stowed) for n in problem.nodes) else ():
+            self.flights.append(Flight(v, IN if inward else OUT, seconds, go, come, (come if inward else go, len(self.flights))))
         for v, value in enumerate(problem.values):
             if value.gone is None:
                 continue

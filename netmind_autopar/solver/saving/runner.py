@@ -84,7 +84,7 @@ class Runner:
             self._emit(op, op.moment)
             if op.final >= 0:
                 tier = tape.tier(*op.owner)
-                self.until += [(self.now[t], self._leave(t, op.moment, tier) if tier else op.final) for t in op.takes]
+                self.until += [(self.now[t], self._leave(op, tier) if tier else op.final) for t in op.takes]
         self._arrive(tape.problem.moments)
         self._event(tape.problem.moments - 1, 0.0)  # the optimizer's
         return self._count()
@@ -107,11 +107,12 @@ class Runner:
         heapq.heappush(self.leaving, (arrived, self.out_free))
         self.until.append((self.now[t], arrived - 1))
 
-    def _leave(self, t: int, moment: int, tier: str) -> int:
+    def _leave(self, op: Op, tier: str) -> int:
         """A gradient goes out for good: the last moment at which it is here."""
         borders, last = self.tape.problem.borders, self.tape.problem.moments - 2
-        self.out_free = max(self.out_free, self.seconds + self.waits) + self.tape.bytes[t] * self.link_s[tier]
-        after = bisect_right(borders, moment) + 1
+        size = float(self.tape.problem.nodes[op.owner[0]].size[self.tape.choice[op.owner[0]]])  # type: ignore[index]
+        self.out_free = max(self.out_free, self.seconds + self.waits) + size * self.link_s[tier]
+        after = bisect_right(borders, op.moment) + 1
         out = borders[after] - 1 if after < len(borders) else last
         heapq.heappush(self.leaving, (out + 1, self.out_free))
         return out
