@@ -28,9 +28,10 @@ def replay(
 ) -> tuple[Program, dict[str, str]]:
     """The program with `<name>_again` in backward for every chosen op, and {twin: original}.
 
-    entries: as in `Plan.recompute`. names: the class of every node (`fold.classes`). more: other ops to choose. An op that nothing in backward needs gets no
-    twin. Users in forward and the results of the program keep the original; one that loses its last user stays (see `without_dead`).
-    Raises PlanError for entries that name no op of forward, and for ops that give something else when they run again.
+    entries: as in `Plan.recompute`. names: the class of every node (`fold.classes`). more: other ops to choose. An op that nothing in
+    backward needs gets no twin. Users in forward and the results of the program keep the original; one that loses its last user stays
+    (see `without_dead`). Raises PlanError for entries that name no op of forward, and for ops that give something else when they run
+    again.
     """
     chosen = chosen_ops(program, entries, names) | set(more)
     if not chosen:
