@@ -58,8 +58,8 @@ def solve(
     "R S(0)" or ("R", "S(0)") (one per axis) or {"tp": "S(0)"} (other axes free). forbid: parameter name -> placements that it must
     not have: "S(0)" or ("S(0)", "S(1)") (on any axis) or {"tp": "S(0)"} (on this one). random_costs: a seed for random prices.
     offload: activations, parameters and optimizer state may wait in host memory or on disk. overlap: collectives travel beside compute;
-    without it, and with random costs, the sum of all work is what counts. time_limit: seconds for the solver, after which the best plan found is
-    returned as "feasible" with its true gap. gap: relative.
+    without it, and with random costs, the sum of all work is what counts. time_limit: seconds for the solver, after which the best plan
+    found is returned as "feasible" with its true gap. gap: relative.
     advise: what would fit is looked for when nothing does.
     Raises InputError (pins, optimizer), InfeasibleError (nothing fits), SolverError (nothing found in time).
     """
