@@ -81,7 +81,11 @@ def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gr
         names += ", finish" + (f", {_waiting(program, late)}" if waiting else "")
     elif not inference:
         parts.append(_backward(kept, tangents, backward, grads, writer, program, "meet" if gradients == "closing" else ""))
-    tiers = "\nfrom netmind_autopar.runtime import offload as tiers" if any(n.target in MARKS for n in (*forward, *backward)) else ""
+    tiers = (
+        "\nfrom netmind_autopar.runtime import offload as tiers"
+        if any(n.target in MARKS for n in (forward if inference else (*forward, *backward)))
+        else ""
+    )
     mesh = ",".join(f"{a.name}={a.size}" for a in plan.mesh)
     head = HEADER.format(mesh=mesh, plan=plan.hash(), graph=plan.graph_hash, tiers=tiers)
     bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
