@@ -166,7 +166,8 @@ class Cut:
         """Per thing and moment how many items only wait for backward: after the last read of forward, before the first of backward."""
         tape, moments = self.tape, self.problem.moments
         need = self._needs()
-        self.base = tape.run().profile(moments)
+        run = tape.run()
+        self.seconds, self.base = run.seconds, run.profile(moments)
         self.gap = np.zeros((len(self.things), moments), np.int32)
         for i, thing in enumerate(self.things):
             steps, within = np.zeros(moments + 1, np.int32), np.zeros(moments + 1, np.int32)

@@ -19,7 +19,7 @@ from ..conversions import end_rules, regathered
 from ..fold import classes
 from ..parking import OPTIMIZER, PARAM, parked, stowed
 from ..presolve import Kept, cells, reduce
-from ..problem import Problem, evaluate
+from ..problem import Choice, Problem, evaluate
 from ..replay import offloaded, rewritten
 from ..search import solve_problem
 from ..shard import Solution
@@ -51,7 +51,7 @@ class Decision:
 
 
 EXACT_CELLS = 1_500  # a problem of this size is solved without recomputation too, exactly
-TRIES = 4  # rounds of asking for less where the tape saw less than the rewritten program needs
+TRIES = 6  # rounds of asking for less under a sharding where the tape saw less than the rewritten program needs
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def within(task: Task, built: Built, first: Solution, limit: int, *, allowed: Ke
     assert first.choice is not None
     deadline = time.monotonic() + time_limit
     problem = built.problem if task.offload else replace(built.problem, host_bytes_s=0.0)
-    asked = limit
+    short: dict[Choice, int] = {}
     for _ in range(TRIES):
         left = max(deadline - time.monotonic(), 1.0)
-        joint = solve_joint(problem, first.choice, asked, allowed=allowed, bound=first.bound, gap=gap, time_limit=left)
+        joint = solve_joint(problem, first.choice, limit, allowed=allowed, bound=first.bound, gap=gap, time_limit=left, short=short)
         found = _written(task, built, joint, limit, gap)
         if not joint.fits or found.peak <= limit:
             break
-        asked -= found.peak - limit
+        short[joint.choice] = found.peak - min(joint.peak, limit)
     if joint.fits and cells(built.problem, reduce(built.problem, allowed)) > EXACT_CELLS:
         return found
     left = max(deadline - time.monotonic(), 1.0)

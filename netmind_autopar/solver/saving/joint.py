@@ -12,23 +12,26 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from ..presolve import Kept, reduce
 from ..problem import Choice, Problem, seconds
 from ..search import quick
-from .cut import Cut
-from .mix import Fit, fit, least
+from .cut import Answer, Cut
+from .mix import Fit, fit, least, promised
 from .place import Places, parkable_bytes, places, stowable, stowed_places
 from .polish import polish, squeezed
 from .price import priced, shares
 from .tape import Names, Run, Saved, Tape
 
-SHARES = (0.6, 0.3, 0.8)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
+SHARES = (0.6, 0.3, 1.0)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
 FEW = 128  # shardings that are all looked at
 SQUEEZE = 1_500  # ops of tapes that are run for a sharding under which nothing fits
-BEST, POLISH = 16, 300_000  # plans that are polished, and ops of tapes that are run for it
+BEST, POLISH = 16, 400_000  # plans that are polished, and ops of tapes that are run for it
 FIRST = (0.02, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per peak, times this
 DEAR = 0.1  # above the bound: a plan that only waits for what lies elsewhere, for longer than this, counts as none that fits
+NOTHING: Mapping[Choice, int] = MappingProxyType({})
+MANY = 2_000  # ops of a tape from which on the linear program's shares of layers are close to what whole layers take
 HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
 
 
@@ -54,56 +57,82 @@ class Joint:
 
 
 class _Search:
-    def __init__(self, problem: Problem, allowed: Kept | None, limit: int, bound: float, gap: float, deadline: float) -> None:
-        self.problem, self.allowed, self.limit = problem, allowed, limit
+    def __init__(
+        self, problem: Problem, allowed: Kept | None, limit: int, bound: float, gap: float, deadline: float, short: Mapping[Choice, int]
+    ) -> None:
+        self.problem, self.allowed, self.limit, self.short = problem, allowed, limit, short
         self.bound, self.gap, self.deadline = bound, gap, deadline
         self.tried: dict[Choice, tuple[Cut, Fit | None]] = {}
+        self.answers: dict[Choice, Answer | None] = {}
         self.best: tuple[float, Choice, Fit] | None = None
 
+    def room(self, choice: Choice) -> int:
+        """The bytes that the tape may count under this sharding."""
+        return self.limit - self.short.get(choice, 0)
+
     def offer(self, choice: Choice) -> tuple[Cut, Fit | None]:
-        """How this sharding fits, if it does."""
+        """How this sharding fits, if it does and may become the best."""
         if choice not in self.tried:
             cut = Cut(Tape(self.problem, choice))
-            found = fit(cut.tape, cut, self.limit)
+            answer = self.answers[choice] = promised(cut, self.room(choice))
+            hopeless = len(cut.tape.ops) >= MANY and answer is not None and cut.seconds + answer.seconds > self.most_s
+            found = None if hopeless else fit(cut.tape, cut, self.room(choice), answer)
             self.tried[choice] = cut, found
             if found is not None and (self.best is None or found.run.seconds < self.best[0]):
                 self.best = found.run.seconds, choice, found
         return self.tried[choice]
 
+    @property
+    def most_s(self) -> float:
+        """Seconds beyond which a plan is of no use while another is in hand, or may be found."""
+        if self.best is not None:
+            return self.best[0]
+        return self.bound * (1 + DEAR) if self.problem.host_bytes_s > 0 else math.inf
+
     def squeeze(self, choice: Choice) -> None:
         """A way found by small changes alone, where one fits."""
         cut, _ = self.tried[choice]
         tries = max(SQUEEZE // max(len(cut.tape.ops), 1), 4)
-        tape = cut.tape.within(self.limit) if self.problem.host_bytes_s > 0 else cut.tape
-        saved, run = squeezed(tape, self.limit, tries)
-        if run.peak <= self.limit:
+        tape = cut.tape.within(self.room(choice)) if self.problem.host_bytes_s > 0 else cut.tape
+        saved, run = squeezed(tape, self.room(choice), tries)
+        if run.peak <= self.room(choice):
             found = Fit(saved, run, {}, None, tape)
             self.tried[choice] = cut, found
             if self.best is None or run.seconds < self.best[0]:
                 self.best = run.seconds, choice, found
 
-    def step(self, cut: Cut, prices: Mapping[int, float], found: Fit | None) -> Choice | None:
+    def step(self, cut: Cut, prices: Mapping[int, float], answer: Answer | None) -> Choice | None:
         """The sharding that is cheapest at these prices."""
-        host = found.answer.host if found and found.answer else (0.0, 0.0)
-        most = self.best[0] if self.best else 0.0
-        relaxed, constant = priced(cut, prices, shares(cut, found.answer if found else None), self.limit, host, most)
-        near = self.best[1] if self.best and found else None
-        answer = quick(relaxed, self.allowed, self.deadline, shift=constant, near=near)
+        host = answer.host if answer else (0.0, 0.0)
+        relaxed, constant = priced(cut, prices, shares(cut, answer), self.limit, host, self.best[0] if self.best else 0.0)
+        near = self.best[1] if self.best and answer else None
+        found = quick(relaxed, self.allowed, self.deadline, shift=constant, near=near)
         if self.best is not None or not any(host):  # else nothing is known about how much transfers hide
-            self.bound = max(self.bound, answer.bound + constant)
-        return answer.choice
+            self.bound = max(self.bound, found.bound + constant)
+        return found.choice
 
     def closed(self) -> bool:
         done = self.best is not None and self.best[0] - self.bound <= self.gap * self.best[0]
         return done or time.monotonic() > self.deadline
 
 
-def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | None, bound: float, gap: float, time_limit: float) -> Joint:
+def solve_joint(
+    problem: Problem,
+    first: Choice,
+    limit: int,
+    *,
+    allowed: Kept | None,
+    bound: float,
+    gap: float,
+    time_limit: float,
+    short: Mapping[Choice, int] = NOTHING,
+) -> Joint:
     """The cheapest plan found within `limit` bytes, started from the sharding `first`, the cheapest without a limit.
 
-    bound: seconds that no plan beats, proven without the limit. time_limit: wall-clock seconds.
+    bound: seconds that no plan beats, proven without the limit. time_limit: wall-clock seconds. short: bytes that the tape is known to
+    count too little under a sharding.
     """
-    search = _Search(problem, allowed, limit, bound, gap, time.monotonic() + time_limit)
+    search = _Search(problem, allowed, limit, bound, gap, time.monotonic() + time_limit, short)
     if not _holds(search, first):
         _fall(search, search.offer(first)[0])
     _try_all(search)
@@ -114,7 +143,9 @@ def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | 
         cut = search.offer(choice)[0]
         if sum(found.prices.values()) * limit < gap * best_s:  # memory is worth nothing under this sharding
             break
-        other = search.step(cut, {m: price * share for m, price in found.prices.items()}, found)
+        prices = {m: price * share for m, price in found.prices.items()}
+        answer = found.answer if problem.host_bytes_s > 0 else cut.solve(prices=prices)
+        other = search.step(cut, prices, answer)
         if other is not None:
             search.offer(other)
     return _result(search)
@@ -130,13 +161,25 @@ def _try_all(search: _Search) -> None:
 
 
 def _polish(search: _Search) -> None:
-    """Small changes to the best plans, as many as are worth their time."""
-    fits = [(found.run.seconds, choice, cut, found) for choice, (cut, found) in search.tried.items() if found is not None]
-    for _, choice, cut, found in sorted(fits, key=lambda way: way[:2])[:BEST]:
-        tries = max(POLISH // (len(fits[:BEST]) * max(len(cut.tape.ops), 1)), 4)
-        saved, run = polish(found.tape, found.saved, found.run, search.limit, tries)
+    """Small changes to the plans that may become the best, as many as are worth their time: more for those that promise more."""
+    fits = [(_promised(cut, found), choice, cut, found) for choice, (cut, found) in search.tried.items() if found is not None]
+    left = POLISH
+    for k, (hoped, choice, cut, found) in enumerate(sorted(fits, key=lambda way: way[:2])[:BEST]):
+        if search.best is not None and hoped >= search.best[0] and len(cut.tape.ops) >= MANY:
+            break
+        share = left if k == len(fits) - 1 else left // 2
+        tries = max(share // max(len(cut.tape.ops), 1), 4)
+        saved, run = polish(found.tape, found.saved, found.run, search.room(choice), tries)
+        left = max(left - share, POLISH // BEST)
         if search.best is None or run.seconds < search.best[0]:
             search.best = run.seconds, choice, replace(found, saved=saved, run=run)
+
+
+def _promised(cut: Cut, found: Fit) -> float:
+    """Seconds of a plan under this sharding if layers could be mixed in any shares; of the plan that was found where that is unknown."""
+    if found.answer is None:
+        return found.run.seconds
+    return min(cut.seconds + found.answer.seconds, found.run.seconds)
 
 
 def _fall(search: _Search, cut: Cut) -> None:
@@ -171,6 +214,8 @@ def _holds(search: _Search, choice: Choice) -> bool:
 
 
 def _result(search: _Search) -> Joint:
+    if search.best is None:
+        _take_any(search)
     if search.best is not None:
         _polish(search)
         best_s, choice, found = search.best
@@ -185,10 +230,19 @@ def _result(search: _Search) -> Joint:
         if all_ := stowed_places(cut.problem, choice, dict.fromkeys(stowable(cut.problem, choice), 1.0)):
             there = Cut(cut.tape.stow(all_))
             ways.append((*least(there.tape, there), choice, {}, all_))
-    saved, run, choice, state, stowed = min(ways, key=lambda way: way[1].peak)
-    if run.peak <= search.limit:
+    saved, run, choice, state, stowed = min(ways, key=lambda way: way[1].peak + search.short.get(way[2], 0))
+    if run.peak <= search.room(choice):
         return Joint(choice, saved, run.seconds, run.peak, min(search.bound, run.seconds), True, {}, run.waits_s, state, {}, stowed)
     return Joint(choice, saved, math.inf, run.peak, search.bound, False, {}, 0.0, state, {}, stowed)
+
+
+def _take_any(search: _Search) -> None:
+    """Ways that were too dear while there was hope for others."""
+    for choice, (cut, _) in search.tried.items():
+        answer = search.answers[choice]
+        found = fit(cut.tape, cut, search.room(choice), answer) if search.problem.host_bytes_s > 0 else None
+        if found is not None and (search.best is None or found.run.seconds < search.best[0]):
+            search.best = found.run.seconds, choice, found
 
 
 def _emptied(cut: Cut) -> tuple[Cut, Places]:

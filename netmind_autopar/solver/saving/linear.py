@@ -233,7 +233,7 @@ class Program:
             if thing.source < 0:
                 more = float(duals[kept]) if kept >= 0 else 0.0
                 out[j, i] = pays + more, pays, more
-            elif pays:
+            else:
                 fixed = self.cut.things[thing.source].needed or i not in self.feeds
                 out[j, i] = pays, 0.0 if fixed else float(duals[self.feeds[i]]) * pays / max(fed[i], 1e-30), 0.0
-        return {key: found for key, found in out.items() if found[0] > 0.0}
+        return out

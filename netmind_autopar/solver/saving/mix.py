@@ -40,12 +40,19 @@ class Fit:
     tape: Tape
 
 
-def fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
-    """The cheapest found way to stay within `limit` bytes; None when there is none."""
-    ways = [_fit(tape, cut, limit)]
-    if tape.problem.host_bytes_s > 0:
+def promised(cut: Cut, limit: int) -> Answer | None:
+    """The cheapest shares of layers by all that is possible here. Of many layers about what a way to stay within `limit` bytes takes."""
+    host = cut.problem.host_bytes_s > 0
+    return crowd(cut, limit, host=host, park=host)
+
+
+def fit(tape: Tape, cut: Cut, limit: int, answer: Answer | None = None) -> Fit | None:
+    """The cheapest found way to stay within `limit` bytes; None when there is none. answer: what `promised` gives, where it is known."""
+    host = tape.problem.host_bytes_s > 0
+    answer = answer or promised(cut, limit)
+    ways = [_fit(tape, cut, limit, None if host else answer)]
+    if host:
         ways = [_parked(way, tape.within(limit)) for way in ways if way is not None]
-        answer = crowd(cut, limit, host=True, park=True)
         ways.append(_elsewhere(cut, answer, limit) if answer else None)
         if answer and answer.parked:  # none made again that could be parked for
             ways.append(_elsewhere(cut, replace(answer, parked=math.inf), limit))
@@ -109,24 +116,24 @@ def _sent(cut: Cut, answer: Answer) -> dict[str, frozenset[int]]:
     return {name: frozenset(ranks) for name, ranks in sorted(out.items()) if ranks}
 
 
-def _fit(tape: Tape, cut: Cut, limit: int) -> Fit | None:
-    found, first = _approach(tape, cut, limit)
+def _fit(tape: Tape, cut: Cut, limit: int, answer: Answer | None = None) -> Fit | None:
+    found, first = _approach(tape, cut, limit, answer)
     return Fit(*found, first.prices, first, tape) if found is not None and first is not None else None
 
 
-def _approach(tape: Tape, cut: Cut, limit: int) -> tuple[tuple[Saved, Run] | None, Answer | None]:
-    """Ask for less and less until a run of the tape fits. Also the first answer of the linear program."""
+def _approach(tape: Tape, cut: Cut, limit: int, answer: Answer | None = None) -> tuple[tuple[Saved, Run] | None, Answer | None]:
+    """Ask for less and less until a run of the tape fits. Also the first answer of the linear program, which may be given."""
     asked = limit
     first: Answer | None = None
     for _ in range(TRIES):
-        answer = crowd(cut, asked)
+        answer = answer or crowd(cut, asked)
         if answer is None:
             break
         first = first or answer
         found, over = _between(tape, cut, answer, limit)
         if found is not None:
             return found, first
-        asked -= max(int(1.1 * over), limit // 500)
+        asked, answer = asked - max(int(1.1 * over), limit // 500), None
     return None, first
 
 

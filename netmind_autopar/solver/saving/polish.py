@@ -22,7 +22,7 @@ Unit = tuple[str, int | str, int]  # "recompute" and a node, or "regather" and a
 CHECKED = 8  # changes per round that are run before a round is given up
 FEW = 40  # units of which all changes are tried
 ALL = 300  # and so many of them at most
-BORDER = 40  # runs that must be left for the integer program of border.py to be worth its time
+BORDER, BOTH = 15, 400  # runs that must be left for the integer program of border.py, and for starting without it too
 FASTER = 1e-9  # relative seconds that count
 
 
@@ -38,12 +38,10 @@ class _Moves:
 
 def polish(tape: Tape, saved: Saved, run: Run, limit: int, tries: int) -> tuple[Saved, Run]:
     """The better way, and its run; the given ones when there is none."""
-    ways = [_switched(tape, saved, run, limit, tries)]
-    if tries >= BORDER:
-        other, after = border(tape, saved, run, limit)
-        if after.seconds < run.seconds:
-            ways.append(_switched(tape, other, after, limit, tries))
-    return min(ways, key=lambda way: way[1].seconds)
+    starts = [(saved, run)]
+    if tries >= BORDER and (found := border(tape, saved, run, limit))[1].seconds < run.seconds:
+        starts = [found, *starts] if tries >= BOTH else [found]
+    return min((_switched(tape, *start, limit, tries) for start in starts), key=lambda way: way[1].seconds)
 
 
 def _switched(tape: Tape, saved: Saved, run: Run, limit: int, tries: int) -> tuple[Saved, Run]:

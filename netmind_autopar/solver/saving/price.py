@@ -49,9 +49,11 @@ def shares(cut: Cut, answer: Answer | None) -> Shares:
     """As in the linear program at its solution; where that says nothing, equal ones."""
     problem = cut.problem
     tables: tuple[dict[tuple[int, int], float], ...] = ({}, {}, {})  # of copies, of values, for keeping
+    copied: set[tuple[int, int]] = set()  # what is taken as a copy, so that the program says what having that costs
     for (j, i), numbers in (answer.links if answer else {}).items():
         v = cut.things[i].value
         takers = [t for t, c in enumerate(problem.values[v].consumers) if c.node == cut.parts[j].node and c.phase == FORWARD]
+        copied |= {(v, t) for t in takers[:1] if cut.things[i].source >= 0}
         for table, number in zip(tables, numbers, strict=True):
             if takers and number:
                 table[v, takers[0]] = table.get((v, takers[0]), 0.0) + number
@@ -61,7 +63,8 @@ def shares(cut: Cut, answer: Answer | None) -> Shares:
         for table in (copy, value):
             total = sum(table.get((v, t), 0.0) for t in takers)
             for t in takers:
-                table[v, t] = table.get((v, t), 0.0) / total if total > 0.0 else 1.0 / len(takers)
+                free = table is copy and (v, t) in copied
+                table[v, t] = table.get((v, t), 0.0) / total if total > 0.0 else 0.0 if free else 1.0 / len(takers)
     return Shares(value, copy, kept)
 
 
@@ -82,6 +85,20 @@ def priced(
     return made, -sum(prices.values()) * limit - work.shift - hidden
 
 
+@dataclass(frozen=True)
+class Levels:
+    """The instances of a value by what keeping a byte of them costs: those that wait at the same crowded moments."""
+
+    price: np.ndarray  # per level, ascending
+    of_instance: np.ndarray  # the level of every instance
+    count: np.ndarray  # instances per level
+
+    @classmethod
+    def of(cls, gaps: np.ndarray) -> Levels:
+        price, where, count = np.unique(gaps, return_inverse=True, return_counts=True)
+        return cls(price, where.reshape(-1), count)
+
+
 class _Priced:
     def __init__(self, cut: Cut, prices: Mapping[int, float], shares: Shares, elsewhere: float = math.inf) -> None:
         self.elsewhere = elsewhere  # seconds per byte that waits elsewhere
@@ -99,20 +116,21 @@ class _Priced:
                 until[v][cut.tape.item[t]] = min(cut.until[t], problem.moments)
         self.waits = [self._gap(value, ends) for value, ends in zip(problem.values, until, strict=True)]
         self.gaps = [np.minimum(gap, self.elsewhere) for gap in self.waits]  # what keeping it anywhere costs
+        self.levels = [Levels.of(gap) for gap in self.gaps]
         self.takes: dict[int, list[tuple[int, int]]] = {}
         for v, value in enumerate(problem.values):
             for t, consumer in enumerate(value.consumers):
                 if consumer.phase == FORWARD and problem.nodes[consumer.node].again:
                     self.takes.setdefault(consumer.node, []).append((v, t))
-        self.pays: dict[tuple[int, int], np.ndarray] = {}  # y per target state, all instances together
-        self.earns: dict[tuple[int, int], np.ndarray] = {}  # z per source state: for being there,
+        self.pays: dict[tuple[int, int], np.ndarray] = {}  # y of one instance, per level and target state
+        self.earns: dict[tuple[int, int], np.ndarray] = {}  # z of one instance, per level and source state: for being there,
         self.keeps: dict[tuple[int, int], np.ndarray] = {}  # and for being kept
         self._gain(prices)
         self.nodes = [self._parked(n, node) for n, node in enumerate(problem.nodes)]
         first = sorted((node.moments[0], n) for n, node in enumerate(problem.nodes) if node.again)
         for v, value in enumerate(problem.values):
             if not problem.nodes[value.node].again:
-                self._earn(v, np.zeros(len(value.bytes)))
+                self._earn(v, np.zeros((len(self.levels[v].price), len(value.bytes))))
                 self._pay(v, self.nodes[value.node].seconds + sum(prices.values()) * problem.nodes[value.node].resident, 1)
         for _, n in first:
             self._node(n)
@@ -179,72 +197,109 @@ class _Priced:
         copies = np.where(value.same[:, states], value.bytes[:, None], value.copy_bytes[states][None, :])
         return np.minimum(own, copies.min(axis=1))
 
+    def copied(self, value: Value) -> np.ndarray:
+        """Per source state the least bytes of a copy that backward takes; inf where it takes the value as it is."""
+        backward = self._phases(value)[1]
+        states = np.unique(np.concatenate([value.consumers[t].state for t in backward]))
+        return np.where(value.same[:, states], np.inf, value.copy_bytes[states][None, :].astype(float)).min(axis=1)
+
     def _node(self, n: int) -> None:
         """φ of one node, and what having its results costs."""
-        node, pays = self.problem.nodes[n], np.zeros(len(self.problem.nodes[n].labels))
+        node = self.problem.nodes[n]
+        again = np.zeros((len(node.moments), len(node.labels))) + node.seconds[None, :] / len(node.moments)
         for v, t in self.takes.get(n, ()):
+            value = self.problem.values[v]
             if (v, t) not in self.pays:  # made by a later class: in another layer, where it must be kept
-                self._earn(v, np.zeros(len(self.problem.values[v].bytes)))
-                self._pay(v, self.problem.nodes[self.problem.values[v].node].seconds, 1)
-            pays += self.pays[v, t][self.problem.values[v].consumers[t].state]
-        again = node.seconds + pays
+                self._earn(v, np.zeros((len(self.levels[v].price), len(value.bytes))))
+                self._pay(v, self.problem.nodes[value.node].seconds, 1)
+            if (rows := self._rows(n, value.used[:, t] + 1)) is not None:
+                np.add.at(again, rows, self.pays[v, t][:, value.consumers[t].state][self.levels[v].of_instance])
         saved = [v for v in self.made_by.get(n, ()) if self._is_saved(self.problem.values[v])]
         for v in saved:
-            value = self.problem.values[v]
-            cost = np.full(len(value.bytes), np.inf)
-            np.minimum.at(cost, value.state, again)
-            if not node.view:
-                cost = np.minimum(cost, self.gaps[v].sum() * self.least(value))
-            needed = bool(self._phases(value)[1])
-            self._earn(v, np.zeros(len(cost)) if needed else np.where(np.isfinite(cost), cost, 0.0))
+            self._earn(v, self._having(n, v, again))
         if saved:
             self.nodes[n] = replace(node, seconds=node.seconds + self._ways(node, saved, again))
         for v in saved:
             self._pay(v, self.nodes[n].seconds, len(saved))
+
+    def _rows(self, n: int, moments: np.ndarray) -> np.ndarray | None:
+        """The instances of node n that run at these moments; None when one of them is no moment of it. An op takes a value one moment
+        before it runs, which is when conversions run."""
+        ran = np.asarray(self.problem.nodes[n].moments)
+        rows = np.minimum(np.searchsorted(ran, moments), len(ran) - 1)
+        return rows if bool((ran[rows] == moments).all()) else None
+
+    def _having(self, n: int, v: int, again: np.ndarray) -> np.ndarray:
+        """What having one instance of value v costs at least, per level and source state; zero when backward takes it anyway."""
+        value, levels, view = self.problem.values[v], self.levels[v], self.problem.nodes[n].view
+        if self._phases(value)[1]:
+            return np.zeros((len(levels.price), len(value.bytes)))
+        rows = self._rows(n, value.produced)
+        assert rows is not None, "a value is made when its node runs"
+        cost = np.full((len(levels.price), len(value.bytes)), np.inf)
+        for level in range(len(levels.price)):
+            mean = again[rows[levels.of_instance == level]].mean(axis=0)
+            np.minimum.at(cost[level], value.state, mean)
+        if not view:
+            cost = np.minimum(cost, levels.price[:, None] * self.least(value)[None, :])
+        return np.where(np.isfinite(cost), cost, 0.0)
 
     def _takers(self, v: int) -> list[int]:
         consumers = enumerate(self.problem.values[v].consumers)
         return [t for t, c in consumers if c.phase == FORWARD and self.problem.nodes[c.node].again]
 
     def _earn(self, v: int, cost: np.ndarray) -> None:
-        """What value v earns by being there when ops run again, if being there costs this per source state."""
-        value = self.problem.values[v]
+        """What value v earns by being there when ops run again, if being there costs this per level and source state."""
+        value, levels = self.problem.values[v], self.levels[v]
         here = max(float(value.bytes[value.state[self.choice[value.node]]]), 1.0)
+        dear = levels.price if levels.price.any() else np.ones(len(levels.price))
+        part = (dear / float(levels.count @ dear))[:, None]  # of what all instances pay for being kept, that of one
         for t in self._takers(v):
             if (v, t) not in self.earns:
                 self.earns[v, t] = self.shares.value.get((v, t), 0.0) * cost
-                self.keeps[v, t] = self.shares.kept.get((v, t), 0.0) * np.minimum(value.bytes / here, 1.0)
+                self.keeps[v, t] = self.shares.kept.get((v, t), 0.0) * part * np.minimum(value.bytes / here, 1.0)[None, :]
 
     def _pay(self, v: int, own: np.ndarray, values: int) -> None:
         """What ops that run again pay for value v. `own`: what the strategies of its node cost by themselves; states that make the node
         dearer are worth less, up to the value's part of that."""
-        value = self.problem.values[v]
+        value, levels = self.problem.values[v], self.levels[v]
         dearer = np.full(len(value.bytes), np.inf)
-        np.minimum.at(dearer, value.state, np.maximum(own - own[self.choice[value.node]], 0.0))
-        seconds = np.where(np.isfinite(value.seconds), value.seconds * value.count, np.inf)
-        keep = self.gaps[v].sum() * value.copy_bytes[None, :].astype(float)
+        np.minimum.at(dearer, value.state, np.maximum(own - own[self.choice[value.node]], 0.0) / value.count)
         for t in self._takers(v):
             if (v, t) not in self.pays:
-                having = (self.earns[v, t] + self.keeps[v, t])[:, None]
-                table = np.where(value.same, having, np.minimum(keep, seconds) * self.shares.copy.get((v, t), 0.0) + having)
-                least = (table + (self.shares.value.get((v, t), 0.0) / values * dearer)[:, None]).min(axis=0)
-                self.pays[v, t] = np.where(np.isfinite(least), least, 0.0)
+                having = self.earns[v, t] + self.keeps[v, t] + (self.shares.value.get((v, t), 0.0) / values * dearer)[None, :]
+                part = self.shares.copy.get((v, t), 0.0)
+                tables = [self._needed(value, price, part, h) for price, h in zip(levels.price, having, strict=True)]
+                least = np.stack([table.min(axis=0) for table in tables])
+                told_apart = self._rows(value.consumers[t].node, value.used[:, t] + 1) is not None
+                self.pays[v, t] = np.where(np.isfinite(least), least, 0.0) * told_apart
+
+    def _needed(self, value: Value, price: float, part: float, having: np.ndarray) -> np.ndarray:
+        """What one instance costs, per source and target state, that is there for `having` and whose copy bears `part` of its price."""
+        seconds = np.where(np.isfinite(value.seconds), value.seconds, np.inf)
+        copied = np.minimum(price * value.copy_bytes[None, :].astype(float), seconds)
+        if part < 1.0:
+            copied = np.where(np.isfinite(copied), copied * part, np.inf)
+        return having[:, None] + np.where(value.same, 0.0, copied)
 
     def _ways(self, node: Node, values: list[int], again: np.ndarray) -> np.ndarray:
-        """φ of one node, per strategy; `again` is what running all instances again costs."""
+        """φ of one node, per strategy; `again` is what running each instance again costs."""
         at = {m: i for i, m in enumerate(node.moments)}
         kept = np.zeros((len(node.moments), len(node.labels)))  # cost when it does not run again
-        made = np.zeros_like(kept) + again[None, :] / len(node.moments)
+        made = again.copy()
         for v in values:
-            value = self.problem.values[v]
+            value, level = self.problem.values[v], self.levels[v].of_instance
             rows = np.array([at[int(m)] for m in value.produced])
             price = self.gaps[v][:, None] * self.least(value)[value.state][None, :]
             takers = [t for u, t in self.earns if u == v]
-            earn = np.sum([self.earns[v, t] for t in takers], axis=0)[value.state][None, :] / value.count if takers else 0.0
-            keep = np.sum([self.keeps[v, t] for t in takers], axis=0)[value.state][None, :] / value.count if takers else 0.0
+            earn, keep = (
+                np.sum([table[v, t] for t in takers], axis=0)[level][:, value.state] if takers else np.zeros_like(price)
+                for table in (self.earns, self.keeps)
+            )
             needed = bool(self._phases(value)[1])
-            if node.view:
-                kept[rows] = np.inf if needed else kept[rows]
+            if node.view:  # its memory is its base's; but a copy of it may be kept
+                copied = self.copied(value)[value.state][None, :] if needed else 0.0
+                kept[rows] += np.where(np.isfinite(copied), self.gaps[v][:, None] * np.where(np.isfinite(copied), copied, 0.0), np.inf)
                 made[rows] -= 0.0 if needed else earn
             elif needed:  # a = 1
                 kept[rows] += price - keep
@@ -328,15 +383,13 @@ class _Priced:
     def _edges(self, v: int) -> list[Value]:
         """What an op that runs again pays for its input and the input does not earn."""
         value, out = self.problem.values[v], []
-        seconds = np.where(np.isfinite(value.seconds), value.seconds, 0.0)
         for t, consumer in enumerate(value.consumers):
             if (v, t) not in self.pays or not self.pays[v, t].any():
                 continue
-            y, having = self.pays[v, t] / value.count, (self.earns[v, t] + self.keeps[v, t]) / value.count
-            part, table = self.shares.copy.get((v, t), 0.0), np.zeros(value.seconds.shape)
-            for gap, count in zip(*np.unique(self.gaps[v], return_counts=True), strict=True):
-                copied = np.minimum(gap * value.copy_bytes[None, :], seconds) * part + having[:, None]
-                table += count * np.minimum(0.0, np.where(value.same, having[:, None], copied) - y[None, :])
+            levels, table = self.levels[v], np.zeros(value.seconds.shape)
+            part, having = self.shares.copy.get((v, t), 0.0), self.earns[v, t] + self.keeps[v, t]
+            for price, count, h, y in zip(levels.price, levels.count, having, self.pays[v, t], strict=True):
+                table += count * np.minimum(0.0, self._needed(value, price, part, h) - y[None, :])
             low = float(table[np.isfinite(value.seconds)].min(initial=0.0))
             if low < -1e-15:
                 self.shift -= low
