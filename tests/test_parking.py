@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import models
@@ -152,25 +153,19 @@ def test_small_problems_are_solved_as_well_as_by_trying_everything(first: int, m
     assert equal >= checked - 1
 
 
-@pytest.mark.slow
-def test_a_bound_that_forgets_what_parking_costs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other way round: were parking thought dearer than it is, some bound would be above the best plan."""
-    from netmind_autopar.solver.saving import price
-
-    monkeypatch.setattr(price, "parked_byte_s", lambda problem: math.inf)
-    with pytest.raises(AssertionError):
-        small_problems.compare(6, ops=2, host=True)
-
-
 @pytest.mark.parametrize("share", [0.6, -0.5])
 def test_no_sharding_beats_the_bound(share: float) -> None:
     """The relaxation is below what the tape counts, at its own sharding and at others, for any prices."""
+    bounds_hold(share, (0.3, 1.0, 3.0))
+
+
+def bounds_hold(share: float, scales: Sequence[float]) -> None:
     problem, choice, tape, cut = cheapest()
     low, high, state = least(tape, cut)[1].peak, tape.run().peak, parkable_bytes(problem, choice)
     limit = int(low + share * (high - low if share > 0 else state))
     here = fit(tape, cut, limit)
     assert here is not None and bool(here.run.places) == (share < 0)
-    for scale in (0.3, 1.0, 3.0):
+    for scale in scales:
         prices = {m: price * scale for m, price in here.prices.items()}
         relaxed, constant = priced(cut, prices, shares(cut, here.answer), limit, here.answer.host, here.run.seconds)
         other = solve_problem(relaxed)
@@ -248,3 +243,14 @@ def test_exact_and_greedy_choices_cover_the_need() -> None:
             total = sum(taken.get(n, 0) * s for n, _, s in found)
             assert total >= need and all(taken.get(n, 0) <= c for n, c, _ in found)
             assert total - need < max(s for _, _, s in found) + place.SPARE * need
+
+
+@pytest.mark.slow
+def test_a_bound_that_forgets_what_parking_gains_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were parking thought too dear to be used, some bound would be above a plan that parks."""
+    from netmind_autopar.solver.saving import price
+
+    monkeypatch.setattr(price, "parked_byte_s", lambda problem: math.inf)
+    monkeypatch.setattr(price, "stowed_s", lambda problem, node, k: math.inf)
+    with pytest.raises(AssertionError):
+        bounds_hold(-0.5, (30.0,))
