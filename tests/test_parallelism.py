@@ -124,9 +124,13 @@ def test_expert_parallel() -> None:
 
 def test_a_batch_that_divides_is_split_instead() -> None:
     """The same model as for all-to-all, with a sequence for every device: nothing of it is needed."""
-    plan = solved(Decoder(32, 16, 4, 4, 32), text(32, 4, 64), mesh("dp", 4))
-    assert letters(plan, ".attention", ".attention_backward@backward") == {"b"}
-    assert sent(plan, "all_to_all") + sent(plan, "all_gather") == 0
+    model, inputs, where = Decoder(32, 16, 4, 4, 32), text(32, 4, 64), mesh("dp", 4)
+    least, beside = (solved(model, inputs, where, overlap=overlap) for overlap in (False, True))
+    for plan in (least, beside):
+        assert letters(plan, ".attention", ".attention_backward@backward") == {"b"} and sent(plan, "all_to_all") == 0
+    assert sent(least, "all_gather") == 0
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert sent(beside, "all_gather") < stored, "parameters may be gathered beside computation, activations not"
 
 
 def test_links_that_are_too_slow_are_not_used() -> None:

@@ -109,7 +109,7 @@ def test_what_fits_is_exact_and_stays_within_the_limit(name, share):
     assert exact(name, plan)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_random_prices_within_limits_are_exact(seed):
     plan, _ = limited("gpt2", "a=4", 0.02, seed)
     assert exact("gpt2", plan)
@@ -131,7 +131,7 @@ def test_less_memory_never_takes_less_time():
     assert times[-1] > times[0]
 
 
-@pytest.mark.parametrize("share", [0.8, 0.2])
+@pytest.mark.parametrize("share", [pytest.param(0.8, marks=pytest.mark.slow), 0.2])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_sharding_beats_the_bound(name, share):
     """The relaxation is below what the tape counts, at its own sharding and at others, for any prices."""
