@@ -77,7 +77,7 @@ def quick(
     kept = reduce(problem, allowed)
     if not all(kept):
         return Solution(None, math.inf, math.inf, milp.INFEASIBLE)
-    state = _tighten(replace(problem, limit_bytes=None), kept, Goal(gap, shift), deadline, rounds=2, near=near)
+    state = _tighten(replace(problem, limit_bytes=None), kept, Goal(gap, shift), deadline, rounds=1, near=near)
     return Solution(state.best, state.best_s, min(state.bound, state.best_s), milp.FEASIBLE)
 
 

@@ -31,6 +31,7 @@ BEST, POLISH = 16, 400_000  # plans that are polished, and ops of tapes that are
 FIRST = (0.02, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per peak, times this
 DEAR = 0.1  # above the bound: a plan that only waits for what lies elsewhere, for longer than this, counts as none that fits
 NOTHING: Mapping[Choice, int] = MappingProxyType({})
+ALIKE = 0.03  # relative: prices nearer to each other say the same
 MANY = 2_000  # ops of a tape from which on the linear program's shares of layers are close to what whole layers take
 HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
 
@@ -64,6 +65,7 @@ class _Search:
         self.bound, self.gap, self.deadline = bound, gap, deadline
         self.tried: dict[Choice, tuple[Cut, Fit | None]] = {}
         self.answers: dict[Choice, Answer | None] = {}
+        self.stepped: list[Mapping[int, float]] = []
         self.best: tuple[float, Choice, Fit] | None = None
 
     def room(self, choice: Choice) -> int:
@@ -105,11 +107,16 @@ class _Search:
         """The sharding that is cheapest at these prices."""
         host = answer.host if answer else (0.0, 0.0)
         relaxed, constant = priced(cut, prices, shares(cut, answer), self.limit, host, self.best[0] if self.best else 0.0)
+        self.stepped.append(prices)
         near = self.best[1] if self.best and answer else None
         found = quick(relaxed, self.allowed, self.deadline, shift=constant, near=near)
         if self.best is not None or not any(host):  # else nothing is known about how much transfers hide
             self.bound = max(self.bound, found.bound + constant)
         return found.choice
+
+    def knows(self, prices: Mapping[int, float]) -> bool:
+        """Whether about these prices were looked at."""
+        return any(old.keys() == prices.keys() and all(abs(old[m] - prices[m]) <= ALIKE * prices[m] for m in old) for old in self.stepped)
 
     def closed(self) -> bool:
         done = self.best is not None and self.best[0] - self.bound <= self.gap * self.best[0]
@@ -144,6 +151,8 @@ def solve_joint(
         if sum(found.prices.values()) * limit < gap * best_s:  # memory is worth nothing under this sharding
             break
         prices = {m: price * share for m, price in found.prices.items()}
+        if search.knows(prices):
+            continue
         answer = found.answer if problem.host_bytes_s > 0 else cut.solve(prices=prices)
         other = search.step(cut, prices, answer)
         if other is not None:
