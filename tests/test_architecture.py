@@ -15,7 +15,7 @@ PACKAGE = "netmind_autopar"
 FILES = sorted(ROOT.rglob("*.py"))
 
 # ir ← {rules, kernels, runtime} ← {tracer, costs, checkpoint} ← solver ← passes ← arguments ← api ← {verification, calibrate} ←
-# {report, modelfile} ← cli
+# {report, modelfile} ← cli ← __main__
 LAYERS = (
     ("ir",),
     ("rules", "kernels", "runtime"),
@@ -29,6 +29,7 @@ LAYERS = (
     ("wording",),
     ("report", "modelfile"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
