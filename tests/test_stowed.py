@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from two_processes import found_by_two
 
 from netmind_autopar.api import compile_plan
 from netmind_autopar.ir.errors import AutoparError, PlanError
@@ -407,13 +408,8 @@ def worker(rank: int, folder: Path) -> None:
 
 @pytest.mark.gloo
 def test_two_processes_train_alike(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "AUTOPAR_OFFLOAD": str(tmp_path)}
-    started = [subprocess.Popen([*command, str(r)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in (0, 1)]
-    logs = [p.communicate(timeout=600)[0] for p in started]
-    for rank, log in enumerate(logs):
-        assert (tmp_path / f"found.{rank}").exists(), log[-3000:]
-        assert json.loads((tmp_path / f"found.{rank}").read_text()) == {n: [True] * 3 for n in ("adamw", "sgd-momentum")}
+    expected = {name: [True] * 3 for name in ("adamw", "sgd-momentum")}
+    assert found_by_two(__file__, tmp_path, AUTOPAR_OFFLOAD=str(tmp_path)) == [expected, expected]
 
 
 @pytest.mark.slow
