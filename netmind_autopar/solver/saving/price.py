@@ -11,8 +11,8 @@ the op pays y_t(q) for having its input in layout q, the input earns z_t(p) for 
     min(0, min(Λ copy, C(p, q) + z_t(p)) - y_t(q)),   for equal layouts  -max(0, y_t - z_t)
 
 Any y, z ≥ 0, each instance its own, give a bound. Good are costs of availability: α_v(p) = min(Λ bytes_v(p), min over k of seconds(k) +
-Y(k)), of which each op that may run again bears its share, z_t = share_t α_v and y_t(q) = min_p (share C(p, q) + z_t(p)). The shares are taken from
-the linear program of cut.py at the choice in hand.
+Y(k)), of which each op that may run again bears its share, z_t = share_t α_v and y_t(q) = min_p (share C(p, q) + z_t(p)). The shares
+are taken from the linear program of cut.py at the choice in hand.
 
 Optimizer state S(k) of a parameter may wait elsewhere for c seconds per byte, and is then charged nothing: its node pays
 -max(0, Σ λ_m - c) S(k). At the optimizer's moment a bucket B of it is back: x bytes elsewhere free max(0, x - B) there, which is at
