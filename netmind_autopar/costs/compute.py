@@ -77,7 +77,7 @@ CLASSES = {
     "native_group_norm_backward native_batch_norm native_batch_norm_backward _fused_rms_norm _fused_rms_norm_backward "
     "_softmax_backward_data _log_softmax_backward_data cumsum cumprod logsumexp argmax argmin any all topk sort "
     "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d linalg_vector_norm prod "
-    "rms_norm layer_norm add_rms_norm add_layer_norm rms_norm_backward layer_norm_backward "
+    "rms_norm layer_norm add_rms_norm add_layer_norm rms_norm_backward layer_norm_backward group_norm_silu group_norm_silu_backward "
     "masked_softmax_backward",
     "scattered": "embedding embedding_backward embedding_dense_backward index index_select index_put gather scatter scatter_add index_add "
     "nll_loss nll_loss_backward nll_loss_forward pick max_pool2d_with_indices_backward select_backward slice_backward "

@@ -64,6 +64,16 @@ class Signature:
 
 
 @dataclass(frozen=True)
+class Unfused:
+    """`count` sites of the user's line `where` that a fused op would fit but for `why`; `fusion` is its name."""
+
+    fusion: str
+    where: str
+    why: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Micro:
     """The program is one of `count` micro-batches, run one after the other with gradients added up.
 
@@ -99,6 +109,8 @@ class Program:
     expects: Mapping[str, tuple[Spec, ...]] = field(default_factory=dict)
     mode: str = "training"  # or "inference": forward alone, no tangents and no gradients
     micro: Micro | None = None
+    fused: bool = False  # fused ops were put in the places of what they compute
+    unfused: tuple[Unfused, ...] = ()  # and where that nearly was so
     owned: bool = False  # nobody else holds the graph: `edit` changes it in place
 
     @property

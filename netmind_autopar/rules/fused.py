@@ -12,6 +12,8 @@ ROWS = {
     **dict.fromkeys((f"autopar.{name}.default" for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")), "fused_norm"),
     "autopar.rms_norm_backward.default": "fused_norm_backward",
     "autopar.layer_norm_backward.default": "fused_norm_backward",
+    "autopar.group_norm_silu.default": "group_norm_silu",
+    "autopar.group_norm_silu_backward.default": "group_norm_silu",
     "autopar.gated.default": "..., *... -> ...",
     "autopar.gated_backward.default": "*..., ..., ... -> ..., ...",
     "autopar.rope.default": "rotary",
@@ -56,6 +58,30 @@ def fused_norm_backward(call: Call) -> Rule:
             sketch.fixed.add("z")
         outputs.append(none if result == (0,) else [last])
     return sketch.rule([kinds[name] for name in names], outputs, ["*" if alone and name == "grad" else "_" for name in names])
+
+
+def group_norm_silu(call: Call) -> Rule:
+    """Samples and groups split; channels of a group and positions do not. Linear in grad; weights' gradients are summed over samples."""
+    sketch = Sketch(call)
+    forward = call.op == "autopar.group_norm_silu.default"
+    x, groups = call["x"], call["groups"] if forward else call["mean"].shape[1]
+    n, g = sketch.letter(x.shape[0], name="n"), sketch.letter(groups, name="g")
+    c = sketch.letter(x.shape[1] // groups, fixed=True, name="c")
+    channels = (*g, *c)
+    rows: list[Dim] = [n, channels, *(sketch.letter(size, fixed=True) for size in x.shape[2:])]
+    stats: list[Dim] = [n, g]
+    kinds = {"grad": rows, "x": rows, "weight": [channels], "bias": [channels], "mean": stats, "rstd": stats}
+    names = [name for name, _ in _given(call)]
+    if forward:
+        sketch.follow("groups", "size:" + "*".join(g or ("1",)))
+        return sketch.rule([kinds[name] for name in names], [rows, stats, stats])
+    outputs: list[list[Dim]] = [rows]
+    for result in call.results[1:]:
+        if result == (0,):
+            sketch.sizes["z"] = 0
+            sketch.fixed.add("z")
+        outputs.append([("z",)] if result == (0,) else [channels])
+    return sketch.rule([kinds[name] for name in names], outputs, ["*" if name == "grad" else "_" for name in names])
 
 
 def rotary(call: Call) -> Rule:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import CaptureError
-from ..ir.program import Input, Output, Program, Signature
+from ..ir.program import Input, Output, Program, Signature, Unfused
 from . import clean
 from .normalize import refuse_random
 from .signature import Call, Selection
@@ -23,6 +23,8 @@ class Traced:
     constants: dict[str, torch.Tensor]
     ins: list[tuple]
     outs: list[tuple]
+    fused: bool = False
+    unfused: tuple[Unfused, ...] = ()
 
 
 def assemble(traced: Traced, prefix: str, call: Call, selection: Selection, tied: dict[str, str], mode: str = "training") -> Program:
@@ -54,7 +56,8 @@ def assemble(traced: Traced, prefix: str, call: Call, selection: Selection, tied
     inputs = tuple(Input(n.name, *ends[o.name]) for n, o in zip(new, old, strict=True))
     outputs = tuple(Output(n.name, *end) for n, (_, end) in zip(_results(graph), results, strict=True))
     constants = {n.target: traced.constants[n.target] for n in graph.nodes if n.op == "get_attr"}
-    return Program(graph, inputs, outputs, Signature(call.pack, selection.unpack, call.arguments), constants, tied, mode=mode)
+    signature = Signature(call.pack, selection.unpack, call.arguments)
+    return Program(graph, inputs, outputs, signature, constants, tied, mode=mode, fused=traced.fused, unfused=traced.unfused)
 
 
 def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:

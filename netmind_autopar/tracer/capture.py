@@ -20,8 +20,9 @@ from ..ir.program import Program
 from . import clone, repeat, torch_private
 from .assemble import Traced, assemble
 from .functions import Kept, check_hooks
+from .fusion import fuse_graph
 from .masks import eager_masks
-from .normalize import DECOMPOSITIONS, Random, normalize
+from .normalize import DECOMPOSITIONS, Random, normalize, number_draws
 from .origin import module_path, where
 from .refusals import check_graph, check_model, check_result, explain, writes, written
 from .signature import Call, Selection, sample_call
@@ -38,6 +39,7 @@ def capture(
     outputs: Sequence[str] | None = None,
     fold: bool = True,
     mode: Literal["training", "inference"] = "training",
+    fuse: bool = False,
 ) -> Program:
     """Trace one training step of `model`, or with mode="inference" forward alone, for the shapes of `sample_inputs`.
 
@@ -45,7 +47,7 @@ def capture(
     only shapes and dtypes are read. differentiable: paths of the outputs that carry a gradient; by default every 0-dim
     float output (a loss), or every float output when there is none. outputs: paths of the outputs to keep, all by default.
     fold: trace few of a deep model's blocks when the others are provably alike; the program is the same, made faster.
-
+    fuse: put fused ops in the places of what they compute (docs/fusion.md).
     mode: in inference no gradient is computed, and what the model writes into its inputs (a cache) comes back as a result.
 
     Raises InputError for unusable arguments and CaptureError when the model is no single static graph.
@@ -75,7 +77,7 @@ def capture(
         watch = Watch(fake)
 
         def once(selection: Selection) -> Program:
-            traced = _trace(_Wrapper(fake, call, selection, watch), (seed, *tensors), tied, mode)
+            traced = _trace(_Wrapper(fake, call, selection, watch), (seed, *tensors), tied, mode, fuse)
             return assemble(traced, _PREFIX, call, selection, tied, mode)
 
         program = once(selection)
@@ -140,7 +142,7 @@ class _Wrapper(nn.Module):
         return self.selection.take(result)
 
 
-def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str) -> Traced:
+def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str, fuse: bool) -> Traced:
     kept = Kept()
     try:
         with kept.recording():
@@ -149,13 +151,16 @@ def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, st
         check_graph(exported)
         lines = written(exported)
         _merge_tied(exported, tied)
+        random = Random()
+        number_draws(exported, random)
+        unfused = fuse_graph(exported) if fuse else ()
         _note_origins(exported)
         seed = next(n for n in exported.graph.nodes if n.op == "placeholder")
-        normalize(exported, seed, Random())
+        normalize(exported, seed, random)
         if mode == "inference":  # only now: models decide by requires_grad which of two equal ways they go
             for tensor in (*exported.parameters(), *args):
                 tensor.requires_grad_(False)
-        traced = Traced(*torch_private.joint(exported, args, DECOMPOSITIONS))
+        traced = Traced(*torch_private.joint(exported, args, DECOMPOSITIONS), fuse, unfused)
         _check_complete(traced, wrapper, lines, mode)
         return traced
     except Exception as error:
@@ -217,4 +222,5 @@ def _note_origins(exported: fx.GraphModule) -> None:
                 if node.op == "call_function":
                     path = module_path(node.meta.get("nn_module_stack"), _PREFIX)
                     line = where(node.meta.get("stack_trace"))
-                    node.meta = {"stack_trace": line or "", "nn_module_stack": {"": (path, "")} if path is not None else {}}
+                    salt = {"salt": node.meta["salt"]} if "salt" in node.meta else {}
+                    node.meta = {"stack_trace": line or "", "nn_module_stack": {"": (path, "")} if path is not None else {}, **salt}

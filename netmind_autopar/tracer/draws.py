@@ -220,6 +220,12 @@ def dropout(x: Tensor, p: float, train: bool, *, random: Source, salt: int) -> T
     return dropped(x, p, random, salt) if train and p > 0 else x
 
 
+def dropout_add(x: Tensor, residual: Tensor, p: float, *, random: Source, salt: int) -> Tensor:
+    """Dropout of x, plus residual: one op, which the fusion pass puts in place of both."""
+    shape = list(x.shape)
+    return _own.dropout_add.default(x, residual, random.seed, p, salt, shape, [0] * len(shape), shape)
+
+
 def feature_dropout(x: Tensor, p: float, train: bool, *, random: Source, salt: int) -> Tensor:
     """Whole channels are dropped: dropout of ones [n, c, 1, ...], times x."""
     return x * dropped(x.new_ones(_channels(x)), p, random, salt) if train and p > 0 else x
@@ -353,6 +359,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     _aten.multinomial.default: multinomial,
     _aten.dropout.default: dropout,
     _aten.dropout_.default: _in_place(dropout),
+    dropout_add: dropout_add,
     _aten.feature_dropout.default: feature_dropout,
     _aten.feature_dropout_.default: _in_place(feature_dropout),
     _aten.alpha_dropout.default: _ALPHA,

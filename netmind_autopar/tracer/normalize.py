@@ -223,8 +223,20 @@ def refuse_random(node: fx.Node, line: str | None) -> None:
         )
 
 
+def number_draws(module: fx.GraphModule, random: Random) -> None:
+    """Give every op that draws its running number, before anything is rewritten: numbers do not depend on what is."""
+    for graph_module in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and (TABLE.get(node.target) or BY_NAME.get(str(node.target))) in _DRAWS:
+                draws.check(node, node.meta.get("stack_trace") or "")
+                node.meta["salt"] = random.salt(draws.width(node))
+
+
 def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
-    """Apply `TABLE` to the exported graph and to the graphs inside it (regions with other autocast or grad settings)."""
+    """Apply `TABLE` to the exported graph and to the graphs inside it (regions with other autocast or grad settings).
+
+    `number_draws` came before.
+    """
     for graph_module in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
@@ -232,8 +244,7 @@ def normalize(module: fx.GraphModule, seed: fx.Node, random: Random) -> None:
             fuse(node)
             if own := TABLE.get(node.target) or BY_NAME.get(str(node.target)):
                 if own in _DRAWS:
-                    draws.check(node, node.meta.get("stack_trace") or "")
-                    node.kwargs = {**node.kwargs, "random": random, "salt": random.salt(draws.width(node))}
+                    node.kwargs = {**node.kwargs, "random": random, "salt": node.meta.pop("salt")}
                 if own in positions.PREPARE:
                     positions.PREPARE[own](node)
                 node.target = own

@@ -196,9 +196,12 @@ class _Expander:
         placed = tuple(Input(n.name, i.role, i.name, i.index) for n, i in zip(copy.given.values(), inputs, strict=True))
         results = tuple(Output(made[index].name, o.role, o.name, o.index) for index, o in outputs)
         constants = {n.target: self.four_program.constants[n.target] for n in made if n.op == "get_attr"}
-        given = self.four_program.signature
+        four = self.four_program
+        given = four.signature
         signature = Signature(given.pack, rehearsal.selection.unpack, given.rebuild)
-        return Program(graph, placed, results, signature, constants, self.four_program.tied, mode=self.four_program.mode)
+        return Program(
+            graph, placed, results, signature, constants, self.four_program.tied, mode=four.mode, fused=four.fused, unfused=four.unfused
+        )
 
     def _tensors(self, count: int) -> Iterable[str]:
         for name in self.tensors:
