@@ -24,14 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netmind_autopar.kernels.fused import adamw, cross_entropy, dropout_add, gated, language, norm_launch, rope, softmax
+from netmind_autopar.kernels.fused import adamw, cross_entropy, dropout_add, gated, group_norm, language, norm_launch, rope, softmax
 from netmind_autopar.kernels.fused.launch import KERNELS, Config, Launch, recording
 
 TARGET = ("cuda", 90, 32)
 ROWS = 4096
 # one number a row; the label's logit; what a program reads or writes once: weights, angles, partial sums
 SINGLE = re.compile(
-    r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\(at_[cs]\b|tl\.load\((seed|scale)\)|\((dweight|dbias) \+ at"
+    r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\(at_[cs]\b|tl\.load\((seed|scale)\)|\((dweight|dbias) \+ at|\((weight|bias) \+ first"
+    r"|\((mean|rstd) \+ row|dweight \+ row \* channels|dbias \+ row \* channels"
 )
 NAMES = {
     torch.bfloat16: "bf16",
@@ -68,6 +69,16 @@ def _adamw(n: int, new: Made, more: bool) -> None:
     adamw.adamw_(p, new(ROWS * n), m, v, copy, scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3)
 
 
+def _group_norm(n: int, new: Made, backward: bool) -> None:
+    """Groups of 16 channels, n positions."""
+    x, w = new(8, 512, n), new(512)
+    if backward:
+        statistic = new(8, 32, dtype=torch.float32)
+        group_norm.group_norm_silu_backward(new(8, 512, n), x, w, w, statistic, statistic)
+    else:
+        group_norm.group_norm_silu(x, w, w, 32, 1e-5)
+
+
 def _labels(new: Made) -> Tensor:
     return new(ROWS, dtype=torch.int64)
 
@@ -85,6 +96,8 @@ CALLS: dict[str, dict[str, Callable[[int, Made], object]]] = {
     "gated.backward": {
         kind: lambda n, new, kind=kind: gated.gated_backward(new(ROWS, n), new(ROWS, n), new(ROWS, n), kind) for kind in gated.KINDS
     },
+    "group_norm_silu.forward": {"": lambda n, new: _group_norm(n, new, False)},
+    "group_norm_silu.backward": {"": lambda n, new: _group_norm(n, new, True)},
     "rope": {
         label: lambda n, new, back=back, r=r: rope.rope(new(4, ROWS, 32, r * n).transpose(1, 2), new(ROWS, 2 * n), new(ROWS, 2 * n), back)
         for label, back, r in (("", False, 2), ("back", True, 2), ("partial", False, 4))

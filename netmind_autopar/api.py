@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .arguments import check_model, check_plan_mesh, mesh_or_devices, parse_memory, running_mesh
+from .arguments import check_model, check_plan_mesh, fusing, mesh_or_devices, parse_memory, running_mesh
 from .costs.device import default_cluster, make_mesh
 from .costs.timeline import Timeline
 from .ir import flags
@@ -42,6 +42,7 @@ from .solver.parking import parked, stowed
 from .solver.pins import Pin
 from .solver.recipes import Baseline
 from .tracer.capture import capture
+from .tracer.fusion import fused_rows
 from .tracer.hash import graph_hash
 from .tracer.torch_private import peak_of
 
@@ -72,6 +73,7 @@ def plan(
     gap: float = 1e-4,
     offload: bool = False,
     overlap: bool = True,
+    fuse: bool | Literal["auto"] = "auto",
     strict: bool = False,
     timeline: bool = False,
     progress: Progress | None = None,
@@ -87,7 +89,7 @@ def plan(
     when None. mode: "inference" plans forward alone. offload: activations, parameters and optimizer state may wait in host memory
     or on disk (docs/offload.md).
     overlap: collectives travel beside compute, and the plan with the shortest timeline is taken (docs/timeline.md); False runs each where
-    it is needed, and the sum counts.
+    it is needed, and the sum counts. fuse: fused ops in the places of what they compute (docs/fusion.md); "auto": on accelerators.
     random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
     timeline: simulate the step on the lowered program, op by op, instead of sketching it for `Plan.cost.timeline_s`.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
@@ -96,7 +98,7 @@ def plan(
     start = time.process_time()
     where = mesh_or_devices(mesh, devices, cluster)
     say("capturing the model")
-    program = _capture(model, sample_inputs, outputs, differentiable, mode)
+    program = _capture(model, sample_inputs, outputs, differentiable, mode, fusing(fuse, where))
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
     options |= {"baseline": baseline, "checkpoint": checkpoint, "micro_batches": micro_batches, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
@@ -127,6 +129,7 @@ def autoparallelize(
     gap: float = 1e-4,
     offload: bool = False,
     overlap: bool = True,
+    fuse: bool | Literal["auto"] = "auto",
     strict: bool = False,
     strict_shapes: bool = False,
     weights: str | os.PathLike[str] | None = None,
@@ -146,7 +149,8 @@ def autoparallelize(
         check_plan_mesh(plan, torch_mesh)
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "inputs": inputs, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
-    alike = _Alike(make_mesh(torch_mesh, cluster or default_cluster()), outputs, differentiable, options)
+    mesh = make_mesh(torch_mesh, cluster or default_cluster())
+    alike = _Alike(mesh, outputs, differentiable, plan.fuse if plan else fusing(fuse, mesh), options)
     program = alike.capture(model, sample_inputs, mode, differentiable)
     found = alike.decide(program, plan, pins=pins, forbid=forbid, baseline=baseline, micro_batches=micro_batches)
     executable = alike.compile(program, found, model.training)
@@ -163,11 +167,12 @@ class _Alike:
     mesh: Mesh
     outputs: Sequence[str] | str | None
     differentiable: Sequence[str] | None
+    fuse: bool
     options: Mapping[str, Any]
 
     def capture(self, model: nn.Module, sample_inputs: Any, mode: str, differentiable: Sequence[str] | None = None) -> Program:
         wanted = differentiable if mode == "inference" else self.differentiable
-        program: Program = together(lambda: _capture(model, sample_inputs, self.outputs, wanted, mode))  # type: ignore[assignment]
+        program: Program = together(lambda: _capture(model, sample_inputs, self.outputs, wanted, mode, self.fuse))  # type: ignore[assignment]
         all_alike(
             "the captured graph",
             graph_hash(program),
@@ -224,7 +229,7 @@ def step_timeline(model: nn.Module, sample_inputs: Any, plan: Plan, *, cluster: 
 
     cluster: whose prices count, the plan's own when None. capturing: `outputs` and `differentiable` as they were for the plan.
     """
-    program = capture(check_model(model), sample_inputs, mode=plan.mode, **capturing)
+    program = capture(check_model(model), sample_inputs, mode=plan.mode, fuse=plan.fuse, **capturing)
     return plan_timeline(program, bind_program(program), plan, mesh_of(plan, cluster))
 
 
@@ -234,11 +239,11 @@ def lower_plan(program: Program, plan: Plan) -> Program:
 
 
 def _capture(
-    model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str | None, differentiable: Sequence[str] | None, mode: Any
+    model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str | None, differentiable: Sequence[str] | None, mode: Any, fuse: bool
 ) -> Program:
     kept = None if outputs is None or outputs == "global" else tuple(outputs)
     wanted = tuple(differentiable) if differentiable else None
-    return capture(check_model(model), sample_inputs, outputs=kept, differentiable=wanted, mode=mode)
+    return capture(check_model(model), sample_inputs, outputs=kept, differentiable=wanted, mode=mode, fuse=fuse)
 
 
 @collector_off()
@@ -282,6 +287,7 @@ def plan_program(
     else:
         say("choosing shardings")
         found = decide(where, time_limit)
+    found = found.model_copy(update={"fuse": program.fused, "fusions": fused_rows(program)})
     if timeline:
         say("simulating the step")
         mesh = where if isinstance(where, Mesh) else mesh_of(found)

@@ -46,6 +46,16 @@ def mesh_or_devices(mesh: Any, devices: int | None, cluster: str | None) -> Mesh
     return Devices(devices, cluster or default_cluster())
 
 
+def fusing(fuse: bool | str, where: Mesh | Devices) -> bool:
+    """Whether fused ops are placed: "auto" means on accelerators, whose kernels are Triton's. Raises InputError for another value."""
+    if isinstance(fuse, bool):
+        return fuse
+    if fuse != "auto":
+        raise InputError(f"fuse={fuse!r} is no choice", why="fused ops are placed, or not, or where they are faster", try_='fuse="auto"')
+    mesh = where if isinstance(where, Mesh) else make_mesh("a=1", where.cluster)
+    return not mesh.device.name.endswith("cpu")
+
+
 def check_model(model: object) -> nn.Module:
     """Raises InputError unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):

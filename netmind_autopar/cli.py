@@ -122,9 +122,8 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
     sub.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step (default: one, unless more are better)")
-    sub.add_argument(
-        "--offload", action="store_true", help="activations, parameters and optimizer state may wait in host memory or on disk"
-    )
+    sub.add_argument("--offload", action="store_true", help="activations, parameters, optimizer state may wait in host memory or on disk")
+    sub.add_argument("--fuse", action=argparse.BooleanOptionalAction, default="auto", help="place fused ops (where they are faster)")
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
     sub.add_argument("--strict", action="store_true", help="refuse operations that have no sharding rule")
@@ -187,7 +186,7 @@ def _pins(texts: Sequence[str], option: str) -> dict[str, str] | None:
 
 def run_plan(args: argparse.Namespace) -> int:
     from . import api
-    from .arguments import mesh_or_devices, parse_memory
+    from .arguments import fusing, mesh_or_devices, parse_memory
     from .costs.device import make_mesh
     from .costs.timeline import save_trace
     from .ir.mesh import Mesh
@@ -205,7 +204,7 @@ def run_plan(args: argparse.Namespace) -> int:
         start = time.process_time()
         where = mesh_or_devices(args.mesh, args.devices, args.cluster)
         progress("capturing the model")
-        program = capture(loaded.model, loaded.inputs, mode=args.mode)
+        program = capture(loaded.model, loaded.inputs, mode=args.mode, fuse=fusing(args.fuse, where))
         solving = {"optimizer": args.optimizer, "pins": pins, "forbid": forbid, "random_costs": args.random_costs, "inputs": "global"}
         solving |= {"time_limit": args.time_limit, "gap": args.gap}
         # as api.plan does, but the program is still needed for the report
@@ -247,7 +246,7 @@ def run_explain(args: argparse.Namespace) -> int:
         progress("building the model")
         loaded = _load(args, meta=True)
         progress("capturing the model")
-        program = capture(loaded.model, loaded.inputs, mode=plan.mode)
+        program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse)
         rules = bind_program(program)
         sent, rows = conversion_rows(program, rules, plan), class_rows(program, rules, plan)
         learnt = learnt_rules(program)
@@ -306,10 +305,11 @@ def _in_dtype(loaded: modelfile.Loaded, plan: Plan, dtype: str) -> tuple[modelfi
     from .tracer.capture import capture
     from .tracer.hash import graph_hash
 
-    program = capture(loaded.model, loaded.inputs, mode=plan.mode)
+    program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse)
     choices_to_strategies(program, bind_program(program), plan)
     other = modelfile.cast(loaded, dtype)
-    return other, plan.model_copy(update={"graph_hash": graph_hash(capture(other.model, other.inputs, mode=plan.mode))})
+    program = capture(other.model, other.inputs, mode=plan.mode, fuse=plan.fuse)
+    return other, plan.model_copy(update={"graph_hash": graph_hash(program)})
 
 
 def run_calibrate(args: argparse.Namespace) -> int:

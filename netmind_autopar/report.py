@@ -18,10 +18,11 @@ from rich.text import Text
 
 from .costs.device import ClusterProfile, error_band
 from .ir.mesh import Mesh
-from .ir.plan import Alternative, Cost, Plan
+from .ir.plan import Cost, Plan
+from .ir.planrows import Alternative
 from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
 from .solver.explain import ClassRow, ConversionRow
-from .wording import _digits, rate, seconds, size, words
+from .wording import _digits, fusion_lines, rate, seconds, size, words
 
 BAR = 24  # columns of a full bar
 HEAVY = ("mm", "addmm", "bmm", "convolution", "attention", "embedding", "_softmax", "_log_softmax", "nll_loss", "sum_exp")
@@ -98,10 +99,10 @@ def plan_report(
     parts += [Text(), _saved(plan, show_all)] if plan.recompute or plan.regather or plan.offload or plan.state else []
     parts += [Text(), _parameters(plan, parameters, show_all)] if parameters else []
     parts += [Text(), _work(plan, work, show_all)] if work else []
-    parts += [Text(), _collectives(plan)]
-    parts += [Text(), _conversions(sent, show_all)] if sent else []
+    parts += [Text(), _collectives(plan), *([Text(), _conversions(sent, show_all)] if sent else [])]
     parts += [Text(), _learnt(learnt)] if learnt else []
     parts += [Text(), _replicated(plan, show_all)] if plan.replicated else []
+    parts += [Text(), Text("\n".join(fusion_lines(plan)))] if plan.fusions else []
     parts += [Text(), _choices(plan)] if show_all else []
     return Group(*parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .ir.plan import Plan
 from .ir.spec import Partial, Placement, Shard
 
 DIMS = ("rows", "columns")
@@ -46,6 +47,18 @@ def _dim_word(dim: int, rank: int) -> str:
     if rank == 1:
         return "split"
     return DIMS[dim] if rank == 2 else f"dim {dim}"
+
+
+def fusion_lines(plan: Plan) -> list[str]:
+    """What was fused, and what was left because it nearly fits."""
+    fused = ", ".join(f"{f.count} {f.name}" for f in plan.fusions if not f.why)
+    left = [f for f in plan.fusions if f.why]
+    lines = [f"Fused in forward: {fused or 'nothing'}"]
+    return (
+        lines
+        + [f"  left: {f.count} {f.name}, {f.why}  {f.where}".rstrip() for f in left[:5]]
+        + [f"  … and {len(left) - 5} more"] * (len(left) > 5)
+    )
 
 
 def rate(bytes_s: float) -> str:

@@ -10,6 +10,7 @@ from case_kit import B, Case, F, I, K
 
 def fused() -> Iterator[Case]:
     yield from _norms()
+    yield from _group_norms()
     for m, n in ((4, 6), (5, 7)):
         for kind in ("silu", "gelu", "gelu_tanh"):
             yield "autopar.gated.default", (F(m, 3, n), F(m, 3, n), kind), {}
@@ -27,6 +28,15 @@ def fused() -> Iterator[Case]:
             yield "autopar.cross_entropy.default", (F(m, n), I(n, m), 2, smoothing), {}
         yield "autopar.vocab_stats.default", (F(m, n), I(3 * n, m), n, 3 * n, 2), {}
         yield "autopar.vocab_combine.default", (F(m, 3, n).exp(),), {}
+
+
+def _group_norms() -> Iterator[Case]:
+    for shape, groups in (((4, 6, 5), 3), ((3, 8, 2, 3), 2), ((5, 4, 3), 1), ((2, 6, 3), 6)):
+        x, w, b, grad = F(*shape), F(shape[1]), F(shape[1]), F(*shape)
+        for weight, bias in ((w, b), (w, None), (None, None)):
+            yield "autopar.group_norm_silu.default", (x, weight, bias, groups, 1e-5), {}
+            _, mean, rstd = K.group_norm_silu(x, weight, bias, groups, 1e-5)
+            yield "autopar.group_norm_silu_backward.default", (grad, x, weight, bias, mean, rstd), {}
 
 
 def _norms() -> Iterator[Case]:

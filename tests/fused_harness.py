@@ -110,6 +110,23 @@ def norm_case(rows: tuple[int, ...], n: int, center: bool, add: bool, weight: bo
     return Case(" ".join(map(str, words)), make, ours, eager, leaves, **more)
 
 
+def group_norm_case(shape: tuple[int, ...], groups: int, weight: bool = True, bias: bool = True, **more: Any) -> Case:
+    def make() -> dict[str, Tensor]:
+        x = normal(*shape) * torch.logspace(-1, 1, shape[1], dtype=torch.float64).view(1, -1, *(1 for _ in shape[2:])) + 0.5
+        out = {"x": x}
+        out |= {"weight": normal(shape[1], scale=0.5) + 1} if weight else {}
+        return out | ({"bias": normal(shape[1])} if bias else {})
+
+    def ours(x: Tensor, weight: Any = None, bias: Any = None) -> tuple[Tensor, ...]:
+        return (ops.group_norm_silu(x, weight, bias, groups, 1e-5)[0],)
+
+    def eager(x: Tensor, weight: Any = None, bias: Any = None) -> tuple[Tensor, ...]:
+        return (F.silu(F.group_norm(x, groups, weight, bias, 1e-5)),)
+
+    name = f"group_norm_silu {'x'.join(map(str, shape))} {groups} groups{' weight' * weight}{' bias' * bias} {more.get('layout', '')}".strip()
+    return Case(name, make, ours, eager, ("x", *["weight"] * weight, *["bias"] * bias), **more)
+
+
 def gated_case(shape: tuple[int, ...], kind: str, packed: bool = False, **more: Any) -> Case:
     def make() -> dict[str, Tensor]:
         if packed:
@@ -310,6 +327,14 @@ def cases() -> Iterator[Case]:
         yield norm_case((3,), n, False, True, True, False, 1.0, kernels=frozenset(wide_back))
         yield norm_case((3,), n, True, True, True, True)
     yield norm_case((200,), 40, True, False, True, True)
+    yield group_norm_case((2, 6, 5, 7), 3, **quick, kernels=frozenset({"group_norm_silu.forward", "group_norm_silu.backward"}))
+    yield group_norm_case((1, 20, 3, 11), 2, layout="turned", quick=True)
+    for weight, bias in ((False, False), (True, False), (False, True)):
+        yield group_norm_case((3, 24, 65), 4, weight, bias)
+    for layout in ("dense", "gaps", "apart"):
+        yield group_norm_case((2, 8, 40, 40), 2, layout=layout)
+    yield group_norm_case((1, 3, 17, 257), 1)
+    yield group_norm_case((5, 12), 4)
     for kind in ("silu", "gelu", "gelu_tanh"):
         yield gated_case((3, 5, 97), kind, **quick, kernels=frozenset({"gated.forward", "gated.backward"}))
         yield gated_case((4, 2048), kind)

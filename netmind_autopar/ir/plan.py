@@ -28,26 +28,14 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-)
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, field_validator, model_serializer
 
 from .errors import PlanError
 from .jsontext import read_json
 from .mesh import Axis, Curve, Device, Mesh, check_rising
-
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=0)]
-
+from .planrows import Alternative, Bytes, Collective, Fused, Part, Replicated, Seconds
 
 T = TypeVar("T")
 ALL = "*"
@@ -103,11 +91,7 @@ def entries_of(name: str, members: Iterable[int], count: int, tier: str = "host"
     return out
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class PlanCurve(_Part):
+class PlanCurve(Part):
     """Measured seconds of one collective by the bytes that one device sends: see `ir.mesh.Curve`."""
 
     kind: str
@@ -120,7 +104,7 @@ class PlanCurve(_Part):
         return points
 
 
-class PlanAxis(_Part):
+class PlanAxis(Part):
     """One mesh axis. The link's numbers travel with the plan: the chain of collectives between two placements follows from them."""
 
     name: str = Field(pattern=r"^[A-Za-z_]\w*$")
@@ -144,14 +128,14 @@ class PlanAxis(_Part):
         return Axis(self.name, self.size, self.bandwidth_bytes_s, self.latency_s, curves)
 
 
-class PlanDevice(_Part):
+class PlanDevice(Part):
     """What the price of a local copy depends on: it decides between chains of moves, so it travels with the plan."""
 
     memory_bandwidth_bytes_s: float = Field(default=1e11, gt=0, allow_inf_nan=False)
     launch_s: Seconds = 5e-6
 
 
-class Memory(_Part):
+class Memory(Part):
     """Predicted peak of the fullest device, by category, at the moment of the peak."""
 
     parameters: Bytes = 0
@@ -162,7 +146,7 @@ class Memory(_Part):
     inputs: Bytes = 0
 
 
-class Stream(_Part):
+class Stream(Part):
     """One stream of a step besides compute: a mesh axis, or a link to the host. exposed_s: busy while compute has nothing to do."""
 
     name: str
@@ -170,7 +154,7 @@ class Stream(_Part):
     exposed_s: Seconds
 
 
-class Cost(_Part):
+class Cost(Part):
     """Predicted cost of one training step. `step_s` is the sum of the seconds below it: everything one after the other.
 
     timeline_s: the step when collectives and transfers run beside compute, as the emitted code has them; 0 where nothing does, or
@@ -208,48 +192,11 @@ def streams_of(busy: Mapping[str, float], exposed: Mapping[str, float]) -> tuple
     return tuple(Stream(name=name, busy_s=busy[name], exposed_s=alone) for name, alone in sorted(exposed.items()))
 
 
-class Collective(_Part):
-    """All collectives of one kind along one axis in one phase: how often, bytes sent per device, seconds."""
-
-    kind: str
-    axis: str
-    phase: Literal["forward", "backward"]
-    count: int = Field(ge=0)
-    bytes: Bytes
-    seconds: Seconds
-
-
-class Replicated(_Part):
-    """An operation that has no sharding rule and runs whole on every device; `why` none was found."""
-
-    op: str
-    where: str
-    count: int = Field(ge=1)
-    seconds: Seconds
-    why: str = ""
-
-
-class Alternative(_Part):
-    """Another way to run the model, beside a plan: another mesh, or a baseline on the same mesh.
-
-    ruled out: its bound is no better than the plan. does not fit: `step_s` and `peak_bytes` are those without a limit, where known.
-    no place: the model, or its sizes, leave none.
-    """
-
-    name: str
-    status: Literal["planned", "ruled out", "does not fit", "no place", "not planned", "not tried"]
-    step_s: Seconds | None = None
-    timeline_s: Seconds = 0.0
-    bound_s: Seconds = 0.0
-    peak_bytes: Bytes | None = None
-    why: str = ""
-
-
-class Plan(_Part):
+class Plan(Part):
     """What the solver decided and what it proved. `solve_s` and `alternatives` tell how it was found and are not part of the file.
 
     gib_worth_s: by how many seconds one more GiB per device would shorten the step, at the margin and under these shardings.
-    overlap: collectives travel while ops run; False runs each where it is needed.
+    fuse: fused ops stand in the places of what they compute. overlap: collectives travel while ops run; False runs each where it is needed.
 
     Two things are minimised. The sum of all work, one after the other: least_sum_s is the least that was found, bound_s what no plan
     is below, gap and status are about these two. Then, with overlap, `cost.timeline_s`: this is the plan with the shortest timeline that
@@ -264,6 +211,7 @@ class Plan(_Part):
     device: PlanDevice = PlanDevice()
     cluster: str = "custom"
     inputs: Literal["global", "local"] = "global"
+    fuse: bool = False
     memory_limit_bytes: Bytes | None = None
     optimizer: str = "adamw"
     choices: dict[str, str]
@@ -275,6 +223,7 @@ class Plan(_Part):
     cost: Cost = Cost()
     collectives: tuple[Collective, ...] = ()
     replicated: tuple[Replicated, ...] = ()
+    fusions: tuple[Fused, ...] = ()
     gib_worth_s: Seconds = 0.0
     bound_s: Seconds = 0.0
     gap: Seconds = 0.0

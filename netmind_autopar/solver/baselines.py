@@ -26,7 +26,8 @@ from ..costs.comm import Conversions
 from ..costs.memory import optimizer_states
 from ..ir.errors import InfeasibleError, InputError, SolverError
 from ..ir.mesh import Mesh
-from ..ir.plan import ALL, Alternative, Plan
+from ..ir.plan import ALL, Plan
+from ..ir.planrows import Alternative
 from ..ir.program import Program
 from ..rules.algebra import LINEAR, NONE, Rule
 from .build import Built

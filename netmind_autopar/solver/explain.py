@@ -10,7 +10,8 @@ import numpy as np
 
 from ..costs.comm import MESSAGES, Conversions, Move
 from ..ir.mesh import Device
-from ..ir.plan import Collective, Cost, Memory, Plan, Replicated
+from ..ir.plan import Cost, Memory, Plan
+from ..ir.planrows import Collective, Replicated
 from ..ir.program import Program, op_name
 from ..ir.spec import Spec, local_bytes
 from ..rules.algebra import Rule

@@ -22,7 +22,8 @@ from ..costs.device import cluster_profile, make_mesh
 from ..costs.memory import optimizer_states
 from ..ir.errors import AutoparError, InfeasibleError, InputError, SolverError
 from ..ir.mesh import Mesh
-from ..ir.plan import Alternative, Plan
+from ..ir.plan import Plan
+from ..ir.planrows import Alternative
 from ..ir.program import Program
 from ..rules.algebra import Rule
 from .bound import Local, Relaxed

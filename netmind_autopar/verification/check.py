@@ -68,7 +68,7 @@ def verify(
     made for another model or mesh, InputError when the model has no values.
     """
     check_model(model)
-    program = capture(model, sample_inputs, outputs=outputs, differentiable=differentiable, mode=plan.mode)
+    program = capture(model, sample_inputs, outputs=outputs, differentiable=differentiable, mode=plan.mode, fuse=plan.fuse)
     lowered = lower_plan(program, plan)
     return compare(
         model,

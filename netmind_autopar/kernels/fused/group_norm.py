@@ -178,7 +178,7 @@ def _backward(
             tl.store(dx + base + ch * size + col, (u - level - h * tilt) * r, mask=seen)
 
 
-_TABLE = (Config(64, 16, 4), Config(256, 8, 4), Config(1024, 2, 4), Config(1024, 2, 8), Config(1024, 1, 4))
+_TABLE = (Config(64, 16, 4), Config(256, 8, 4), Config(1024, 2, 4), Config(1024, 2, 8, only=2), Config(1024, 1, 4))
 FORWARD = register("group_norm_silu.forward", _forward, _TABLE, whole=True)
 BACKWARD = register("group_norm_silu.backward", _backward, _TABLE, whole=True)
 

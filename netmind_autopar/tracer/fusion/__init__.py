@@ -1,5 +1,5 @@
-"""Fused ops in place of what they compute, before autograd: `fuse_graph`."""
+"""Fused ops in place of what they compute, before autograd."""
 
-from .rewrite import fuse_graph
+from .rewrite import fuse_graph, fused_rows
 
-__all__ = ["fuse_graph"]
+__all__ = ["fuse_graph", "fused_rows"]

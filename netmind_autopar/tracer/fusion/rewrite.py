@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.program import Unfused
+from ...ir.planrows import Fused
+from ...ir.program import Program, Unfused, op_name
 from ..origin import where
 from .pattern import Found, changes_nothing, op_of, value_of
 from .table import ROOT, TABLE, Fusion, Made, Match
@@ -33,6 +34,17 @@ def fuse_graph(module: fx.GraphModule) -> tuple[Unfused, ...]:
         left.update(work.left("an autocast region decides the dtypes" if autocast else ""))
         graph_module.recompile()
     return tuple(Unfused(*key, count) for key, count in left.items())
+
+
+def fused_rows(program: Program) -> tuple[Fused, ...]:
+    """What was fused in a program's forward, by op, and what nearly was."""
+    if not program.fused:
+        return ()
+    ops = {f"autopar.{fusion.name}.default": fusion.name for fusion in TABLE}
+    forward = (op_name(n) for n in program.graph.nodes if n.op == "call_function" and n.meta["phase"] == "forward")
+    found = Counter(ops[name] for name in forward if name in ops)
+    rows = [Fused(name=name, count=count) for name, count in sorted(found.items())]
+    return (*rows, *(Fused(name=u.fusion, count=u.count, where=u.where, why=u.why) for u in program.unfused))
 
 
 def _regions(module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, bool, bool]]:
