@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from .errors import GraphError
+from .precision import Precision
 from .spec import Spec
 
 
@@ -111,6 +112,7 @@ class Program:
     micro: Micro | None = None
     fused: bool = False  # fused ops were put in the places of what they compute
     unfused: tuple[Unfused, ...] = ()  # and where that nearly was so
+    precision: Precision | None = None  # the policy that wrote casts into it
     owned: bool = False  # nobody else holds the graph: `edit` changes it in place
 
     @property

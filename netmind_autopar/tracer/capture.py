@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx, nn
 
 from ..ir.collector import collector_off
 from ..ir.errors import AutoparError, CaptureError, InputError
+from ..ir.precision import Precision
 from ..ir.program import Program
 from . import clone, repeat, torch_private
 from .assemble import Traced, assemble
@@ -24,6 +26,7 @@ from .fusion import fuse_graph
 from .masks import eager_masks
 from .normalize import DECOMPOSITIONS, Random, normalize, number_draws
 from .origin import module_path, where
+from .precision import apply_precision
 from .refusals import check_graph, check_model, check_result, explain, writes, written
 from .signature import Call, Selection, sample_call
 from .state import Dice, Rebound, Watch
@@ -40,6 +43,7 @@ def capture(
     fold: bool = True,
     mode: Literal["training", "inference"] = "training",
     fuse: bool = False,
+    precision: Precision | None = None,
 ) -> Program:
     """Trace one training step of `model`, or with mode="inference" forward alone, for the shapes of `sample_inputs`.
 
@@ -49,18 +53,11 @@ def capture(
     fold: trace few of a deep model's blocks when the others are provably alike; the program is the same, made faster.
     fuse: put fused ops in the places of what they compute (docs/fusion.md).
     mode: in inference no gradient is computed, and what the model writes into its inputs (a cache) comes back as a result.
+    precision: the dtypes that the program computes in (tracer/precision.py); None: those of the model.
 
     Raises InputError for unusable arguments and CaptureError when the model is no single static graph.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            "the model is no torch.nn.Module",
-            where=f"model: {type(model).__name__}",
-            why="its parameters, buffers and forward are needed",
-            try_="wrap the function in a Module",
-        )
-    check_model(model)
-    check_hooks(model)
+    _check_module(model)
     call = sample_call(model.forward, sample_inputs)
     kept, carrying = _names(outputs, "outputs"), _names(differentiable, "differentiable")
     if _check_mode(mode, carrying) == "inference":
@@ -77,19 +74,31 @@ def capture(
         watch = Watch(fake)
 
         def once(selection: Selection) -> Program:
-            traced = _trace(_Wrapper(fake, call, selection, watch), (seed, *tensors), tied, mode, fuse)
-            return assemble(traced, _PREFIX, call, selection, tied, mode)
+            traced = _trace(_Wrapper(fake, call, selection, watch), (seed, *tensors), tied, mode, fuse, precision)
+            return replace(assemble(traced, _PREFIX, call, selection, tied, mode), precision=precision)
 
         program = once(selection)
         watch.check(lambda: once(select()), program)
         return program
 
     with _plain_torch():
-        if fold:
+        if fold and (precision is None or precision.is_uniform):
             with contextlib.suppress(Exception):  # whatever the reason, tracing all of it is right, and says what is wrong
-                return repeat.expanded(model, call, select, trace, torch_private.fake_mode)
+                return replace(repeat.expanded(model, call, select, trace, torch_private.fake_mode), precision=precision)
         fakes = torch_private.fake_mode()
         return trace(clone.fake_clone(model, fakes), fakes, select())
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "the model is no torch.nn.Module",
+            where=f"model: {type(model).__name__}",
+            why="its parameters, buffers and forward are needed",
+            try_="wrap the function in a Module",
+        )
+    check_model(model)
+    check_hooks(model)
 
 
 def _check_mode(mode: str, differentiable: tuple[str, ...] | None) -> str:
@@ -142,7 +151,9 @@ class _Wrapper(nn.Module):
         return self.selection.take(result)
 
 
-def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str, fuse: bool) -> Traced:
+def _trace(
+    wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, str], mode: str, fuse: bool, precision: Precision | None
+) -> Traced:
     kept = Kept()
     try:
         with kept.recording():
@@ -155,6 +166,8 @@ def _trace(wrapper: _Wrapper, args: tuple[torch.Tensor, ...], tied: dict[str, st
         number_draws(exported, random)
         unfused = fuse_graph(exported) if fuse else ()
         _note_origins(exported)
+        if precision:
+            apply_precision(exported, precision)
         seed = next(n for n in exported.graph.nodes if n.op == "placeholder")
         normalize(exported, seed, random)
         if mode == "inference":  # only now: models decide by requires_grad which of two equal ways they go

@@ -93,11 +93,23 @@ def nll_loss(logp: Tensor, target: Tensor, weight: Tensor | None = None, reducti
 
 
 def cross_entropy(
-    x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    wide: bool = False,
 ) -> Tensor:
-    """Classes by index: `_CrossEntropy`; both weighted and smoothed: log-softmax and `nll_loss`. By probability: products."""
+    """Classes by index: `_CrossEntropy`; both weighted and smoothed: log-softmax and `nll_loss`. By probability: products.
+
+    wide: float32 of logits in fewer bits, as under autocast.
+    """
+    wide = x.dtype.itemsize < 4 and (wide or torch.is_autocast_enabled(x.device.type))
     if not target.is_floating_point() and (weight is None or label_smoothing == 0):
-        return _hard_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
+        return _hard_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing, wide)
+    x = x.float() if wide else x
     logp = torch.log_softmax(x, 0 if x.dim() == 1 else 1)
     if target.is_floating_point():
         return _soft_cross_entropy(logp, target, weight, reduction, label_smoothing)
@@ -114,10 +126,10 @@ def cross_entropy(
 
 
 def _hard_cross_entropy(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float, wide: bool
 ) -> Tensor:
-    """Of rows that are summed in float32 at least; an autocast region keeps that dtype, as its `nll_loss` does."""
-    dtype = torch.float32 if x.dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type) else x.dtype
+    """Of rows that are summed in float32 at least; `wide` keeps that dtype, as `nll_loss` under autocast does."""
+    dtype = torch.float32 if wide else x.dtype
     shape = target.shape
     x, target = _classes_last(x, target)
     loss = _CrossEntropy.apply(x, target, ignore_index, label_smoothing)
