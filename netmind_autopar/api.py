@@ -20,6 +20,7 @@ from .ir.collector import collector_off
 from .ir.errors import InputError, UnknownOpError
 from .ir.mesh import Mesh
 from .ir.plan import Plan
+from .ir.precision import Precision, agreed
 from .ir.program import Program, op_name
 from .passes.emit import emit
 from .passes.pipeline import lower
@@ -47,6 +48,7 @@ from .tracer.hash import graph_hash
 from .tracer.torch_private import peak_of
 
 Progress = Callable[[str], None]
+Asked = str | Mapping[str, Any] | Precision | None
 
 
 @collector_off()
@@ -68,6 +70,7 @@ def plan(
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
     mode: Literal["training", "inference"] = "training",
+    precision: Asked = None,
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
@@ -86,7 +89,8 @@ def plan(
     "S(0)"} fixes parameters, forbid: placements that they must not have. baseline: "fsdp+megatron-tp" plans by these recipes
     (docs/baselines.md), checkpoint: and runs every block again in backward. micro_batches: how many the step is made of, run one
     after the other with gradients added up; None: one, unless more fit where it does not, or are faster. outputs: names to keep, all
-    when None. mode: "inference" plans forward alone. offload: activations, parameters and optimizer state may wait in host memory
+    when None. mode: "inference" plans forward alone. precision: "bf16", "fp16" or a policy (docs/precision.md); as the model is when
+    None. offload: activations, parameters and optimizer state may wait in host memory
     or on disk (docs/offload.md).
     overlap: collectives travel beside compute, and the plan with the shortest timeline is taken (docs/timeline.md); False runs each where
     it is needed, and the sum counts. fuse: fused ops in the places of what they compute (docs/fusion.md); "auto": on accelerators.
@@ -98,7 +102,8 @@ def plan(
     start = time.process_time()
     where = mesh_or_devices(mesh, devices, cluster)
     say("capturing the model")
-    program = _capture(model, sample_inputs, outputs, differentiable, mode, fusing(fuse, where))
+    tracing = {"mode": mode, "fuse": fusing(fuse, where), "precision": Precision.of(precision)}
+    program = _capture(model, sample_inputs, outputs, differentiable, tracing)
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
     options |= {"baseline": baseline, "checkpoint": checkpoint, "micro_batches": micro_batches, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
@@ -124,6 +129,7 @@ def autoparallelize(
     outputs: Sequence[str] | Literal["global"] | None = None,
     differentiable: Sequence[str] | None = None,
     mode: Literal["training", "inference"] = "training",
+    precision: Asked = None,
     random_costs: int | None = None,
     time_limit: float = 60.0,
     gap: float = 1e-4,
@@ -150,7 +156,9 @@ def autoparallelize(
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "inputs": inputs, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
     mesh = make_mesh(torch_mesh, cluster or default_cluster())
-    alike = _Alike(mesh, outputs, differentiable, plan.fuse if plan else fusing(fuse, mesh), options)
+    tracing = {"fuse": plan.fuse if plan else fusing(fuse, mesh)}
+    tracing["precision"] = agreed(precision, plan.precision) if plan else Precision.of(precision)  # type: ignore[assignment]
+    alike = _Alike(mesh, outputs, differentiable, tracing, options)
     program = alike.capture(model, sample_inputs, mode, differentiable)
     found = alike.decide(program, plan, pins=pins, forbid=forbid, baseline=baseline, micro_batches=micro_batches)
     executable = alike.compile(program, found, model.training)
@@ -167,12 +175,13 @@ class _Alike:
     mesh: Mesh
     outputs: Sequence[str] | str | None
     differentiable: Sequence[str] | None
-    fuse: bool
+    tracing: Mapping[str, Any]
     options: Mapping[str, Any]
 
     def capture(self, model: nn.Module, sample_inputs: Any, mode: str, differentiable: Sequence[str] | None = None) -> Program:
         wanted = differentiable if mode == "inference" else self.differentiable
-        program: Program = together(lambda: _capture(model, sample_inputs, self.outputs, wanted, mode, self.fuse))  # type: ignore[assignment]
+        tracing = {**self.tracing, "mode": mode}
+        program: Program = together(lambda: _capture(model, sample_inputs, self.outputs, wanted, tracing))  # type: ignore[assignment]
         all_alike(
             "the captured graph",
             graph_hash(program),
@@ -229,7 +238,7 @@ def step_timeline(model: nn.Module, sample_inputs: Any, plan: Plan, *, cluster: 
 
     cluster: whose prices count, the plan's own when None. capturing: `outputs` and `differentiable` as they were for the plan.
     """
-    program = capture(check_model(model), sample_inputs, mode=plan.mode, fuse=plan.fuse, **capturing)
+    program = capture(check_model(model), sample_inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision, **capturing)
     return plan_timeline(program, bind_program(program), plan, mesh_of(plan, cluster))
 
 
@@ -239,11 +248,15 @@ def lower_plan(program: Program, plan: Plan) -> Program:
 
 
 def _capture(
-    model: nn.Module, sample_inputs: Any, outputs: Sequence[str] | str | None, differentiable: Sequence[str] | None, mode: Any, fuse: bool
+    model: nn.Module,
+    sample_inputs: Any,
+    outputs: Sequence[str] | str | None,
+    differentiable: Sequence[str] | None,
+    tracing: Mapping[str, Any],
 ) -> Program:
     kept = None if outputs is None or outputs == "global" else tuple(outputs)
     wanted = tuple(differentiable) if differentiable else None
-    return capture(check_model(model), sample_inputs, outputs=kept, differentiable=wanted, mode=mode, fuse=fuse)
+    return capture(check_model(model), sample_inputs, outputs=kept, differentiable=wanted, **tracing)
 
 
 @collector_off()
@@ -287,7 +300,7 @@ def plan_program(
     else:
         say("choosing shardings")
         found = decide(where, time_limit)
-    found = found.model_copy(update={"fuse": program.fused, "fusions": fused_rows(program)})
+    found = found.model_copy(update={"fuse": program.fused, "fusions": fused_rows(program), "precision": program.precision})
     if timeline:
         say("simulating the step")
         mesh = where if isinstance(where, Mesh) else mesh_of(found)

@@ -20,6 +20,7 @@ from . import modelfile, report
 from .ir.errors import AutoparError, InputError
 from .ir.flags import debug_level
 from .ir.plan import Plan
+from .ir.precision import Precision
 
 OK, DIFFERS, BAD_INPUT, DEFECT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
@@ -120,6 +121,7 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--checkpoint", action="store_true", help="with --baseline: run the ops of every repeated block again in backward")
     sub.add_argument("--compare", action="store_true", help="plan every usual baseline on the same mesh too, and show a table")
     sub.add_argument("--mode", choices=("training", "inference"), default="training", help="inference plans forward alone (training)")
+    sub.add_argument("--precision", type=Precision.of, metavar="NAME", help="bf16 or fp16: parameters stay as they are, casts are added")
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
     sub.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step (default: one, unless more are better)")
     sub.add_argument("--offload", action="store_true", help="activations, parameters, optimizer state may wait in host memory or on disk")
@@ -204,7 +206,7 @@ def run_plan(args: argparse.Namespace) -> int:
         start = time.process_time()
         where = mesh_or_devices(args.mesh, args.devices, args.cluster)
         progress("capturing the model")
-        program = capture(loaded.model, loaded.inputs, mode=args.mode, fuse=fusing(args.fuse, where))
+        program = capture(loaded.model, loaded.inputs, mode=args.mode, fuse=fusing(args.fuse, where), precision=args.precision)
         solving = {"optimizer": args.optimizer, "pins": pins, "forbid": forbid, "random_costs": args.random_costs, "inputs": "global"}
         solving |= {"time_limit": args.time_limit, "gap": args.gap}
         # as api.plan does, but the program is still needed for the report
@@ -246,7 +248,7 @@ def run_explain(args: argparse.Namespace) -> int:
         progress("building the model")
         loaded = _load(args, meta=True)
         progress("capturing the model")
-        program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse)
+        program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision)
         rules = bind_program(program)
         sent, rows = conversion_rows(program, rules, plan), class_rows(program, rules, plan)
         learnt = learnt_rules(program)
@@ -266,9 +268,8 @@ def _show(shown: Any) -> None:
 
 def run_diff(args: argparse.Namespace) -> int:
     a, b = Plan.load(args.a), Plan.load(args.b)
-    difference = report.diff_report(
-        a, b, (Path(args.a).name, Path(args.b).name) if Path(args.a).name != Path(args.b).name else (args.a, args.b)
-    )
+    short = Path(args.a).name, Path(args.b).name
+    difference = report.diff_report(a, b, short if short[0] != short[1] else (args.a, args.b))
     _show(difference or "The plans are the same.")
     return DIFFERS if difference else OK
 
@@ -305,10 +306,10 @@ def _in_dtype(loaded: modelfile.Loaded, plan: Plan, dtype: str) -> tuple[modelfi
     from .tracer.capture import capture
     from .tracer.hash import graph_hash
 
-    program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse)
+    program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision)
     choices_to_strategies(program, bind_program(program), plan)
     other = modelfile.cast(loaded, dtype)
-    program = capture(other.model, other.inputs, mode=plan.mode, fuse=plan.fuse)
+    program = capture(other.model, other.inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision)
     return other, plan.model_copy(update={"graph_hash": graph_hash(program)})
 
 

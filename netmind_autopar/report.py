@@ -22,7 +22,7 @@ from .ir.plan import Cost, Plan
 from .ir.planrows import Alternative
 from .ir.spec import Placement, Replicate, Shard, local_bytes, local_shape, plain
 from .solver.explain import ClassRow, ConversionRow
-from .wording import _digits, fusion_lines, rate, seconds, size, words
+from .wording import _digits, fusion_lines, precision_rows, rate, seconds, size, words
 
 BAR = 24  # columns of a full bar
 HEAVY = ("mm", "addmm", "bmm", "convolution", "attention", "embedding", "_softmax", "_log_softmax", "nll_loss", "sum_exp")
@@ -134,7 +134,7 @@ def _header(plan: Plan, title: str) -> RenderableType:
     grid.add_row("step", Text(seconds(plan.cost.predicted_s), style="bold") + Text(" predicted" + beside + _band(plan)))
     limit = f" of {size(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ", no limit"
     grid.add_row("memory", Text(size(plan.cost.peak_bytes), style="bold") + Text(f" predicted peak per device{limit}"))
-    for name, text in _proof(plan):
+    for name, text in [*precision_rows(plan), *_proof(plan)]:
         grid.add_row(name, text)
     if plan.random_costs is not None:
         grid.add_row("costs", Text(f"random, seed {plan.random_costs}: the seconds mean nothing", style="yellow"))

@@ -61,6 +61,11 @@ def fusion_lines(plan: Plan) -> list[str]:
     )
 
 
+def precision_rows(plan: Plan) -> list[tuple[str, str]]:
+    """The dtypes of a policy, of a plan that has one."""
+    return [("dtypes", str(plan.precision))] if plan.precision else []
+
+
 def rate(bytes_s: float) -> str:
     """What a link sends."""
     return f"{_digits(bytes_s / 1e9)} GB/s"

@@ -36,6 +36,7 @@ from .errors import PlanError
 from .jsontext import read_json
 from .mesh import Axis, Curve, Device, Mesh, check_rising
 from .planrows import Alternative, Bytes, Collective, Fused, Part, Replicated, Seconds
+from .precision import Precision
 
 T = TypeVar("T")
 ALL = "*"
@@ -196,7 +197,8 @@ class Plan(Part):
     """What the solver decided and what it proved. `solve_s` and `alternatives` tell how it was found and are not part of the file.
 
     gib_worth_s: by how many seconds one more GiB per device would shorten the step, at the margin and under these shardings.
-    fuse: fused ops stand in the places of what they compute. overlap: collectives travel while ops run; False runs each where it is needed.
+    fuse: fused ops stand in the places of what they compute. precision: the dtypes it computes in; None: those of the model.
+    overlap: collectives travel while ops run; False runs each where it is needed.
 
     Two things are minimised. The sum of all work, one after the other: least_sum_s is the least that was found, bound_s what no plan
     is below, gap and status are about these two. Then, with overlap, `cost.timeline_s`: this is the plan with the shortest timeline that
@@ -212,6 +214,7 @@ class Plan(Part):
     cluster: str = "custom"
     inputs: Literal["global", "local"] = "global"
     fuse: bool = False
+    precision: Precision | None = None
     memory_limit_bytes: Bytes | None = None
     optimizer: str = "adamw"
     choices: dict[str, str]

@@ -28,6 +28,7 @@ from .layouts import Side, Specs, distinct, tables
 from .parking import stays, with_places
 from .problem import BACKWARD, FORWARD, Consumer, Node, Problem, Value
 from .replay import refusal
+from .sums import cast_first
 from .window import back, borders, gone
 
 
@@ -84,6 +85,7 @@ class _Build:
         self.gradient_bytes = sum(v.numel() * v.dtype.itemsize for v in (value_of(self.nodes[name]) for name in grads))
         self.ranks = self._ranks()
         self.away: frozenset[tuple[str, int]] = frozenset()
+        self.cast_first = cast_first(program)
         self.parked: Mapping[str, str] = {}
         self.stowed: Mapping[str, str] = stowed or {}
         self.late: list[int] | None = None  # where stretches of backward begin
@@ -202,6 +204,8 @@ class _Build:
         bucketed = any(is_bucketed(self.program, u, self.stowed) for u in takers)
         facts = {"dense": dense, "is_gradient": bucketed, "bucket_bytes": bucket, "turns": self.turns}
         same, seconds, need, left = tables(convert, sources, targets, **facts)
+        if not self.cast_first.isdisjoint(group):
+            seconds = np.where(convert.partial(sources)[:, None] & ~same, np.inf, seconds)
         consumers = tuple(
             Consumer(self.index[self.consumer(u)], s, BACKWARD if u.phase == "backward" else FORWARD)
             for u, s in zip(takers, states, strict=True)

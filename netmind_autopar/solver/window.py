@@ -10,20 +10,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from torch import fx
-
-RUN = 32  # ops
-
-
-def borders(order: Sequence[fx.Node]) -> list[int]:
-    """Where the stretches of one phase begin, ascending, the first at 0. order: the ops of the captured program in that phase."""
-    first: dict[str, int] = {}
-    for i, node in enumerate(order):
-        block = _block(node.meta.get("module") or "")
-        if block:
-            first.setdefault(block, i)
-    starts = sorted(first.values()) if len(first) > 1 else list(range(0, len(order), RUN))
-    return starts if starts[:1] == [0] else [0, *starts]
+from ..ir.stretches import RUN as RUN
+from ..ir.stretches import back as back
+from ..ir.stretches import borders as borders
 
 
 def gone(starts: Sequence[int], made: int, last_use: int) -> int:
@@ -36,15 +25,4 @@ def gone(starts: Sequence[int], made: int, last_use: int) -> int:
     return max(arrived, last_use + 1)
 
 
-def back(starts: Sequence[int], first_use: int) -> int:
-    """The op before which the copy back starts and takes memory. Positions within backward. first_use: the first op that takes it."""
-    return starts[max(bisect_right(starts, first_use) - 2, 0)]
-
-
 _END = 1 << 60
-
-
-def _block(module: str) -> str:
-    """The path up to the first number that has modules below it: "model.layers.3"; "" when there is none."""
-    parts = module.split(".")
-    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts[:-1]) if part.isdigit()), "")

@@ -26,7 +26,7 @@ from .fusion import fuse_graph
 from .masks import eager_masks
 from .normalize import DECOMPOSITIONS, Random, normalize, number_draws
 from .origin import module_path, where
-from .precision import apply_precision
+from .precision import apply_precision, early
 from .refusals import check_graph, check_model, check_result, explain, writes, written
 from .signature import Call, Selection, sample_call
 from .state import Dice, Rebound, Watch
@@ -84,9 +84,9 @@ def capture(
     with _plain_torch():
         if fold and (precision is None or precision.is_uniform):
             with contextlib.suppress(Exception):  # whatever the reason, tracing all of it is right, and says what is wrong
-                return replace(repeat.expanded(model, call, select, trace, torch_private.fake_mode), precision=precision)
+                return early(replace(repeat.expanded(model, call, select, trace, torch_private.fake_mode), precision=precision))
         fakes = torch_private.fake_mode()
-        return trace(clone.fake_clone(model, fakes), fakes, select())
+        return early(trace(clone.fake_clone(model, fakes), fakes, select()))
 
 
 def _check_module(model: object) -> None:

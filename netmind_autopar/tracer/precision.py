@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.precision import Precision
+from ..ir.program import Program, is_getitem
+from ..ir.stretches import back, borders, casts_end
 
 _aten = torch.ops.aten
 
@@ -238,3 +240,19 @@ def _at(module: Any, path: str) -> Any:
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     return list(node.all_input_nodes)
+
+
+def early(program: Program) -> Program:
+    """Casts of parameters one block ahead of their first use, where a gather of what they give may start: a parameter always exists."""
+    if program.precision is None:
+        return program
+    with program.edit() as new:
+        order = [n for n in new.graph.nodes if n.op == "call_function" and not is_getitem(n) and n.meta["phase"] == "forward"]
+        at, starts = {node: i for i, node in enumerate(order)}, borders(order)
+        params = {i.node for i in program.inputs if i.role == "param"}
+        for cast in [n for n in order if casts_end(n) and n.args[0].name in params]:  # type: ignore[union-attr]
+            first = min((at[u] for u in cast.users if u in at), default=at[cast])
+            goal = next(i for i in range(back(starts, first), len(order)) if not casts_end(order[i]))
+            if goal < at[cast]:
+                order[goal].prepend(cast)
+    return new.program

@@ -64,11 +64,14 @@ def verify(
     perturb: relative size of the seeded noise on parameters, float buffers and inputs, so that ones, zeros and equal labels hide
     nothing (see `perturb.py`); 0 takes the values as they are. shrink: make a failing case as small as it gets (`Report.shrunk`).
     The first step is run a second time as the emitted file, which is what processes run.
-    A model that drops out is compared with its captured graph under the same random numbers. Raises PlanError when the plan was
+    A model that drops out is compared with its captured graph under the same random numbers, a policy of precision with the captured
+    graph that has its casts (in float64 that is the model's own function). Raises PlanError when the plan was
     made for another model or mesh, InputError when the model has no values.
     """
     check_model(model)
-    program = capture(model, sample_inputs, outputs=outputs, differentiable=differentiable, mode=plan.mode, fuse=plan.fuse)
+    program = capture(
+        model, sample_inputs, outputs=outputs, differentiable=differentiable, mode=plan.mode, fuse=plan.fuse, precision=plan.precision
+    )
     lowered = lower_plan(program, plan)
     return compare(
         model,
@@ -137,8 +140,10 @@ class _Run:
         self.side = self._sides(self.perturb)
         self.small: dict[str, Tensor] = {}  # per parameter the elements that got no more than rounding for a gradient
         self.wide = (promoted(self.program), promoted(self.lowered)) if self.weak is not None else None
-        if self.side.random:
-            self.notes.append("random numbers are drawn: compared with the captured graph, not with the model itself")
+        if self.side.stand_in:
+            policy = self.program.precision
+            why = f"the policy computes in {policy.compute}" if policy else "random numbers are drawn"
+            self.notes.append(f"{why}: compared with the captured graph on one device, not with the model itself")
 
     @property
     def ok(self) -> bool:

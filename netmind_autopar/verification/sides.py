@@ -57,7 +57,11 @@ def widened(value: Tensor) -> Tensor:
 
 
 class Sides:
-    """Both computations and their states. `perturb` moves parameters, buffers and inputs of both off the values that hide bugs."""
+    """Both computations and their states. `perturb` moves parameters, buffers and inputs of both off the values that hide bugs.
+
+    stand_in: the captured graph on one device is the reference, since the model itself draws other random numbers, or computes in
+    other dtypes than the policy says.
+    """
 
     def __init__(
         self,
@@ -86,7 +90,8 @@ class Sides:
         self.specs: dict[str, Spec] = {i.node: lowered.specs[i.node] for i in lowered.inputs}  # type: ignore[misc]
         self.locals = {i.node: self.split(i.node, self.original(i.name)) for i in program.inputs if i.role in ("param", "buffer")}
         self.nodes = {(i.role, i.name): i.node for i in program.inputs}
-        self.random = any(i.role == "seed" for i in program.inputs)
+        self.stand_in = program.precision is not None or any(i.role == "seed" for i in program.inputs)
+        self.scale = 1024.0 if program.precision is not None and program.precision.dtype is torch.float16 else 1.0
         self.optimizers: list[torch.optim.Optimizer] = []
         if optimizer:
             tuned = [i for i in program.inputs if i.role == "param" and self.original(i.name).requires_grad]
@@ -133,14 +138,14 @@ class Sides:
                 state[item.node] = self.users[item.index].detach().clone()  # in inference the model may write into it
             elif item.role == "seed":
                 state[item.node] = torch.randint(0, 2**62, (), generator=noise)
-            else:  # a scalar's tangent is near one and not one, which would hide a factor too many
+            else:  # a scalar's tangent is near one and not one, which would hide a factor too many; float16 is scaled, as it is trained
                 drawn = torch.randn(value.shape, generator=noise, dtype=torch.float64)
-                state[item.node] = (drawn if value.shape else 1 + 0.1 * drawn).to(value.dtype)
+                state[item.node] = self.scale * (drawn if value.shape else 1 + 0.1 * drawn).to(value.dtype)
         return state
 
     def reference(self, state: State) -> list[Tensor]:
-        """The program's results as the original model computes them (the captured graph, where random numbers are drawn)."""
-        if self.random:
+        """The program's results as the original model computes them (the captured graph, where that stands in for it)."""
+        if self.stand_in:
             return captured(self.program, state)
         args, kwargs = self.call.arguments(list(self.users))  # made anew: a cache among them grows as the model runs
         for user in self.users:
@@ -163,7 +168,7 @@ class Sides:
 
     def ungiven(self) -> list[str]:
         """Parameters to which the original gives a gradient and the program none, or the other way round; after `reference`."""
-        if self.random:
+        if self.stand_in:
             return []
         given = {self.program.tied.get(n, n) for n, p in self.model.named_parameters() if p.grad is not None}
         trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
@@ -172,7 +177,7 @@ class Sides:
 
     def unkept(self, state: State) -> list[str]:
         """Buffers that the original changed and of which the program hands out no new value; after `reference`."""
-        if self.random:
+        if self.stand_in:
             return []
         kept = {o.name for o in self.program.outputs if o.role == "mutation"}
         held = [(i.name, state[i.node]) for i in self.program.inputs if i.role == "buffer" and i.name not in kept]
@@ -194,12 +199,12 @@ class Sides:
                 self.users[out.index].copy_(want)
             elif out.role == "mutation":
                 self.locals[self.nodes["buffer", out.name]] = [t.clone() for t in have]
-                if self.random:
+                if self.stand_in:
                     self.original(out.name).data.copy_(want)
             elif out.role == "grad" and out.index < 0:
                 for local, grad in zip(self.locals[self.nodes["param", out.name]], have, strict=True):
                     local.grad = grad.detach().reshape(local.shape).clone()
-                if self.random:
+                if self.stand_in:
                     self.original(out.name).grad = want.clone()
         for optimizer in self.optimizers:
             optimizer.step()
