@@ -13,9 +13,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .costs.device import default_cluster, make_mesh
+from .health import watch
 from .ir.errors import InputError, MeshError, PlanError
 from .ir.mesh import Mesh, parse_axes
 from .ir.plan import Plan
+from .runtime.agree import together
 from .solver.meshes import Devices
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -63,11 +65,23 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def running_mesh(mesh: DeviceMesh | str) -> DeviceMesh:
-    """The DeviceMesh to run on. A mesh string is laid over all processes; one process alone gets a group of its own.
+def running_mesh(mesh: DeviceMesh | str, plan: Plan | None = None, timeout_s: float | None = None) -> DeviceMesh:
+    """The DeviceMesh to run on, its ranks watched over if `timeout_s` is given. A mesh string is laid over all processes; one process
+    alone gets a group of its own.
 
-    Raises MeshError when there are more or fewer processes than the mesh has devices.
+    Raises MeshError when there are more or fewer processes than the mesh has devices, PlanError when the plan is for another mesh.
     """
+    found = _running(mesh)
+    if timeout_s is not None and dist.is_initialized() and found.size() == dist.get_world_size():
+        if not 1 <= timeout_s < float("inf"):
+            raise InputError(f"timeout_s={timeout_s!r} is no time to wait for a rank", try_="timeout_s=30, or None to wait for ever")
+        watch.start(timeout_s, found.device_type)
+    if plan is not None:
+        together(lambda: check_plan_mesh(plan, found), "looking at the plan")
+    return found
+
+
+def _running(mesh: DeviceMesh | str) -> DeviceMesh:
     if isinstance(mesh, DeviceMesh):
         if mesh.get_coordinate() is None:
             raise MeshError(

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent / "netmind_autopar"
 PACKAGE = "netmind_autopar"
 FILES = sorted(ROOT.rglob("*.py"))
 
-# ir ← {rules, kernels, runtime} ← {tracer, costs, checkpoint} ← solver ← passes ← arguments ← api ← {verification, calibrate} ←
+# ir ← health ← {rules, kernels, runtime} ← {tracer, costs, checkpoint} ← solver ← passes ← arguments ← api ← {verification, calibrate} ←
 # {report, modelfile} ← cli ← __main__
 LAYERS = (
     ("ir",),
+    ("health",),
     ("rules", "kernels", "runtime"),
     ("tracer", "costs", "checkpoint", "optim"),
     ("solver",),

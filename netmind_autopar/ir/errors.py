@@ -79,6 +79,37 @@ class DamagedError(CheckpointError):
     """A file of a checkpoint, or of weights, is not what was written: cut off, changed or missing."""
 
 
+class RankError(AutoparError):
+    """A rank of the run is in trouble, and so all of them end.
+
+    rank: which one, -1 when that is not known. collective: what the others were in, with the model's line; empty when they were in none.
+    """
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", try_: str = "", rank: int = -1, collective: str = "") -> None:
+        super().__init__(what, where=where, why=why, try_=try_)
+        self.rank, self.collective = rank, collective
+
+
+class LostRankError(RankError):
+    """A rank died, left, or does not answer."""
+
+
+class StalledRankError(RankError):
+    """A rank lives, but does not come to a collective in which others wait for it."""
+
+
+class DivergedRankError(RankError):
+    """A rank runs other collectives, or holds other values, than the others."""
+
+
+class FailedRankError(RankError):
+    """Another rank raised an error that nobody caught."""
+
+
+class TerminatedError(RankError):
+    """A rank was told to end (SIGTERM)."""
+
+
 class GraphError(AutoparError):
     """An internal check failed: a pass left a graph whose specs disagree. Always a defect of this package."""
 

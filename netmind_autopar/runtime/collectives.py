@@ -32,6 +32,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..health.progress import HERE, mark_of
+from ..health.watch import explained
 from ..ir.errors import GraphError
 from ..ir.spec import Partial, Shard, Spec, chunk, local_parts, local_shape, parse_spec
 
@@ -113,7 +115,7 @@ class Collective:
 class Stage:
     """A move bound to one device. `wire` is None for a local move, else what carries the packed tensor along dim 0.
 
-    fresh: what `pack` gives is a tensor of its own, which may be reduced in place."""
+    fresh: what `pack` gives is a tensor of its own, which may be reduced in place. name: for errors, the same on every device."""
 
     pack: Callable[..., Tensor]
     unpack: Callable[[Tensor], Tensor]
@@ -123,6 +125,12 @@ class Stage:
     send: tuple[int, ...] = ()
     receive: tuple[int, ...] = ()
     fresh: bool = False
+    name: str = ""
+
+    @functools.cached_property
+    def mark(self) -> int:
+        """The name as a number."""
+        return mark_of(self.name or f"{self.wire} over axis {self.axis}")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -263,16 +271,23 @@ class ProcessWire:
         self.sent: dict[tuple[str, int], int] = {}
         self._travels: dict[int, weakref.ref[Tensor]] = {}  # by axis what the last collective fills
 
-    def send(self, step: Stage, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Start the collective of one stage. Returns the tensor that it fills, a new one or the packed one when that is fresh, and the
-        packed one, which it reads."""
+    def send(self, step: Stage, packed: Tensor) -> tuple[Tensor, Tensor, Stage]:
+        """Start the collective of one stage. Returns the tensor that it fills, a new one or the packed one when that is fresh, the
+        packed one, which it reads, and the stage. Raises RankError when another rank is in trouble."""
+        HERE.enter(step.name, step.mark)
+        try:
+            return self._begun(step, packed)
+        except RuntimeError as e:
+            raise explained(e, step.name) from None
+
+    def _begun(self, step: Stage, packed: Tensor) -> tuple[Tensor, Tensor, Stage]:
         wire, n, group = step.wire, self.sizes[step.axis], self.groups[step.axis]
         key = (str(wire), step.axis)
         self.sent[key] = self.sent.get(key, 0) + sent_bytes(str(wire), packed, n, step.send, self.coord[step.axis])
         x = packed.view(torch.uint8) if packed.dtype == torch.bool else packed
         ops = torch.ops._c10d_functional
         if x.device.type == "cpu":
-            self._settle(step.axis)
+            self._settle(step)
         if wire == "all_gather":
             y = ops.all_gather_into_tensor(x, n, group)
         elif wire == "reduce_scatter":
@@ -282,19 +297,28 @@ class ProcessWire:
         else:
             y = (ops.all_reduce_ if step.fresh else ops.all_reduce)(x, step.op, group)
         self._travels[step.axis] = weakref.ref(y)
-        return y, packed
+        return y, packed, step
 
-    def _settle(self, axis: int) -> None:
-        """Wait for what still travels along an axis; whoever started it may wait again."""
-        last = self._travels.pop(axis, None)
+    def _settle(self, step: Stage) -> None:
+        """Wait for what still travels along the axis; whoever started it may wait again."""
+        last = self._travels.pop(step.axis, None)
         y = None if last is None else last()
         if y is not None:
+            HERE.waiting = step.name
             torch.ops._c10d_functional.wait_tensor(y)
+            HERE.waiting = ""
 
-    def arrive(self, sent: tuple[Tensor, Tensor]) -> Tensor:
-        """Wait for what `send` started: the host on a CPU, the current stream on CUDA."""
-        y = torch.ops._c10d_functional.wait_tensor(sent[0])
-        return y.view(torch.bool) if sent[1].dtype == torch.bool else y
+    def arrive(self, sent: tuple[Tensor, Tensor, Stage]) -> Tensor:
+        """Wait for what `send` started: the host on a CPU, the current stream on CUDA. Raises RankError as `send` does."""
+        y, packed, step = sent
+        HERE.waiting = step.name
+        try:
+            y = torch.ops._c10d_functional.wait_tensor(y)
+        except RuntimeError as e:
+            raise explained(e, step.name) from None
+        finally:
+            HERE.waiting = ""
+        return y.view(torch.bool) if packed.dtype == torch.bool else y
 
 
 def lockstep(steps: Sequence[Stage], packed: Sequence[Tensor], sizes: tuple[int, ...]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,12 +37,14 @@ class Place:
         step = stage(kind, self.axes.index(axis), before, after, self.sizes, self.coord)
         if kind in LOCAL_KINDS:
             return step.pack
+        step = dataclasses.replace(step, name=f"{kind.replace('_', '-')} over {axis}, {before} → {after.rpartition(']')[2].strip(' ,')}")
         return Collective(self.wire, step, step.unpack)
 
     def bucket(self, axis: str, op: str, specs: Sequence[str]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
         """One all-reduce of several tensors, bound to this device."""
         shapes = tuple(local_shape(parse_spec(s), self.sizes, self.coord) for s in specs)
         step, unbundle = bucket_stage(shapes, self.axes.index(axis), op)
+        step = dataclasses.replace(step, name=f"all-reduce over {axis} of {len(shapes)} tensors, the first {specs[0]}")
         return Collective(self.wire, step, unbundle)
 
     def local(self, what: str, spec: str, parts: tuple[int, ...], times: int, repeat: int) -> Any:
