@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .arguments import check_model, check_plan_mesh, fusing, mesh_or_devices, parse_memory, running_mesh
+from .arguments import check_model, fusing, mesh_or_devices, parse_memory, running_mesh
 from .costs.device import default_cluster, make_mesh
 from .costs.timeline import Timeline
 from .ir import flags
@@ -30,6 +30,7 @@ from .rules.bind import bind_program, learnt_rules, unlisted
 from .rules.call import call_of
 from .rules.learnt import share
 from .runtime.agree import all_alike, from_rank_zero, together
+from .runtime.alike import compare_every
 from .runtime.executable import Executable, Variant
 from .runtime.module import ParallelModule
 from .sight import planner
@@ -140,6 +141,8 @@ def autoparallelize(
     strict_shapes: bool = False,
     weights: str | os.PathLike[str] | None = None,
     init: Callable[[nn.Module], object] | None = None,
+    timeout_s: float | None = 30.0,
+    check_every: int = 0,
 ) -> ParallelModule:
     """The same model running on every device of `device_mesh`; call it on every rank. Options as in `plan`.
 
@@ -147,12 +150,12 @@ def autoparallelize(
     shape or mode, which are planned when they are first seen otherwise (docs/training.md).
     weights: a folder or file of safetensors, of which every rank reads its own slices. init: called with every module of a model on the
     meta device; without either such a model is initialised by its own `_init_weights` or `reset_parameters` (docs/checkpoints.md).
+    timeout_s: how long ranks wait in a collective for one that does not come, before all end with an error that names it; None: nobody
+    watches. check_every: every so many steps batch, loss and parameters are compared where ranks must have the same (docs/failures.md).
     Rank 0 plans and all ranks check that they captured the same graph. The model is not touched.
     Raises what `plan` raises, MeshError when mesh and processes do not fit, PlanError when the plan belongs to another model or mesh.
     """
-    torch_mesh = running_mesh(device_mesh)
-    if plan is not None:
-        check_plan_mesh(plan, torch_mesh)
+    torch_mesh = running_mesh(device_mesh, plan, timeout_s)
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "inputs": inputs, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
     mesh = make_mesh(torch_mesh, cluster or default_cluster())
@@ -163,9 +166,11 @@ def autoparallelize(
     found = alike.decide(program, plan, pins=pins, forbid=forbid, baseline=baseline, micro_batches=micro_batches)
     executable = alike.compile(program, found, model.training)
     later = None if strict_shapes else planner(model, alike.capture, alike.decide, alike.compile)
-    return ParallelModule(
+    pm = ParallelModule(
         executable, model, found, torch_mesh, gather_outputs=outputs == "global", weights=weights, init=init, planner=later, peak_of=peak_of
     )
+    compare_every(pm, check_every)
+    return pm
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class _Alike:
     def capture(self, model: nn.Module, sample_inputs: Any, mode: str, differentiable: Sequence[str] | None = None) -> Program:
         wanted = differentiable if mode == "inference" else self.differentiable
         tracing = {**self.tracing, "mode": mode}
-        program: Program = together(lambda: _capture(model, sample_inputs, self.outputs, wanted, tracing))  # type: ignore[assignment]
+        program: Program = together(lambda: _capture(model, sample_inputs, self.outputs, wanted, tracing), "capture")  # type: ignore[assignment]
         all_alike(
             "the captured graph",
             graph_hash(program),
@@ -203,7 +208,7 @@ class _Alike:
 
     def compile(self, program: Program, found: Plan, training: bool) -> Executable:
         all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
-        return together(lambda: compile_plan(program, found, training=training))  # type: ignore[return-value]
+        return together(lambda: compile_plan(program, found, training=training), "emission")  # type: ignore[return-value]
 
 
 def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:

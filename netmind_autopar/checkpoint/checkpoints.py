@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim import Optimizer
 
+from ..health.progress import HERE
 from ..ir.errors import AutoparError, CheckpointError, DamagedError, InputError
 from ..runtime.tensorfile import sync_folder
 from .files import complete, open_folder, read_sections, remove, write_rank
@@ -309,11 +310,13 @@ class _Job:
     def run(self) -> None:
         """Here and now; an error is kept."""
         assert self._act is not None
+        HERE.saving += 1
         try:
             self._act()
         except BaseException as e:
             self.error = e
         self._act = None  # what was copied is free again
+        HERE.saving -= 1
         self.done = True
 
     def join(self, timeout_s: float | None = None) -> None:
