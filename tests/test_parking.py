@@ -26,7 +26,8 @@ from netmind_autopar.solver.saving.cut import Cut
 from netmind_autopar.solver.saving.decide import Task, entries, state_entries
 from netmind_autopar.solver.saving.mix import fit, least
 from netmind_autopar.solver.saving.place import on_disk, parkable_bytes, pieces, places
-from netmind_autopar.solver.saving.price import priced, shares
+from netmind_autopar.solver.saving.price import priced
+from netmind_autopar.solver.saving.shares import shares
 from netmind_autopar.solver.saving.tape import Saved, Tape
 from netmind_autopar.solver.search import solve_problem
 from netmind_autopar.solver.solve import solve
@@ -167,7 +168,7 @@ def bounds_hold(share: float, scales: Sequence[float]) -> None:
     assert here is not None and bool(here.run.places) == (share < 0)
     for scale in scales:
         prices = {m: price * scale for m, price in here.prices.items()}
-        relaxed, constant = priced(cut, prices, shares(cut, here.answer), limit, here.answer.host, here.run.seconds)
+        relaxed, constant = priced(cut, prices, shares(cut, here.answer), limit, here.answer.host)
         other = solve_problem(relaxed)
         assert other.choice is not None
         for tried in (choice, other.choice):

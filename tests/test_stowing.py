@@ -28,7 +28,8 @@ from netmind_autopar.solver.saving.cut import Cut
 from netmind_autopar.solver.saving.decide import Task, entries, state_entries
 from netmind_autopar.solver.saving.mix import least
 from netmind_autopar.solver.saving.place import room_left, stowable, stowed_places
-from netmind_autopar.solver.saving.price import priced, shares
+from netmind_autopar.solver.saving.price import priced
+from netmind_autopar.solver.saving.shares import shares
 from netmind_autopar.solver.saving.tape import Saved, Tape
 from netmind_autopar.solver.search import solve_problem
 from netmind_autopar.solver.sketch import Sketcher

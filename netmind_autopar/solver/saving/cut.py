@@ -78,6 +78,8 @@ class Cut:
         self._reads()
         self._things()
         self._gaps()
+        copies = {t for op in self.forward for t in op.takes if tape.source[t] >= 0}
+        self.forward_s = sum(op.seconds for op in self.forward) + sum(tape.seconds[t] for t in copies)
 
     def _layers(self) -> None:
         """Which layer every op of forward is in: -1 for what is not repeated."""
@@ -185,7 +187,8 @@ class Cut:
     def _needs(self) -> list[int]:
         """Per tensor the first moment of backward that may want it: directly, or for an op that may run again.
 
-        `until[t]` is the same for whatever choice, of tensors that are no copies: moments at which a kept tensor is surely there.
+        `until[t]` is the same for whatever choice, of tensors that are no copies: moments at which a kept tensor is surely there. With
+        views of it that are wanted themselves, and not as copies in another layout, it is there until `viewed[t]`.
         """
         tape = self.tape
         origin = [t if source < 0 else source for t, source in enumerate(tape.source)]
@@ -211,7 +214,18 @@ class Cut:
                 need[t] = min(asked, default=FAR)
             if wanted[t] == FAR and origin[t] == t:
                 self.until[t] = min(asked, default=FAR)
+        self._views(wanted)
         return need
+
+    def _views(self, wanted: Sequence[int]) -> None:
+        """See `until`: what a view of a tensor is wanted for keeps that tensor."""
+        sure, self.viewed = list(wanted), list(self.until)
+        for op in reversed(self.forward):
+            if op.view and op.takes:
+                t = op.takes[0]
+                sure[t] = min(sure[t], *(sure[u] for u in op.makes))
+                if self.tape.source[t] < 0 and wanted[t] == FAR > sure[t]:
+                    self.viewed[t] = max(self.until[t] if self.until[t] < FAR else -1, sure[t])
 
     def across(self, maker: Op | None, taker: Op) -> bool:
         """Both are in layers, and not in the same one."""

@@ -21,7 +21,8 @@ from .cut import Answer, Cut
 from .mix import Fit, fit, least, promised
 from .place import Places, parkable_bytes, places, stowable, stowed_places
 from .polish import polish, squeezed
-from .price import priced, shares
+from .price import priced
+from .shares import shares
 from .tape import Names, Run, Saved, Tape
 
 SHARES = (0.6, 0.3, 1.0)  # of the price of memory under the best plan so far, at which shardings are tried one after the other
@@ -33,7 +34,7 @@ DEAR = 0.1  # above the bound: a plan that only waits for what lies elsewhere, f
 NOTHING: Mapping[Choice, int] = MappingProxyType({})
 ALIKE = 0.03  # relative: prices nearer to each other say the same
 MANY = 2_000  # ops of a tape from which on the linear program's shares of layers are close to what whole layers take
-HALVES, LEAST = 2, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
+HALVES, LEAST = 3, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,11 @@ class _Search:
     def step(self, cut: Cut, prices: Mapping[int, float], answer: Answer | None) -> Choice | None:
         """The sharding that is cheapest at these prices."""
         host = answer.host if answer else (0.0, 0.0)
-        relaxed, constant = priced(cut, prices, shares(cut, answer), self.limit, host, self.best[0] if self.best else 0.0)
+        relaxed, constant = priced(cut, prices, shares(cut, answer), self.limit, host)
         self.stepped.append(prices)
         near = self.best[1] if self.best and answer else None
         found = quick(relaxed, self.allowed, self.deadline, shift=constant, near=near)
-        if self.best is not None or not any(host):  # else nothing is known about how much transfers hide
-            self.bound = max(self.bound, found.bound + constant)
+        self.bound = max(self.bound, found.bound + constant)
         return found.choice
 
     def knows(self, prices: Mapping[int, float]) -> bool:

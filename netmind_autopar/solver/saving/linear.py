@@ -107,10 +107,10 @@ class Program:
         """
         cut, rows = self.cut, []
         speed = cut.problem.host_bytes_s * self.scale
-        spent = sum(op.seconds for op in cut.tape.ops if op.final < 0) - self.scale
+        first, spent = cut.forward_s, cut.seconds - cut.forward_s
         values = {o: float(len(cut.things[i].items) * cut.things[i].bytes) for i, o in self.o.items()}
-        links = [(self.scale, values), (spent, values | self._parameters())]
-        links += [(self.scale, self._parameters()), (spent, self._parameters(trained=True))] if self.x else []
+        links = [(first, values), (spent, values | self._parameters())]
+        links += [(first, self._parameters()), (spent, self._parameters(trained=True))] if self.x else []
         for hidden, sizes in links:
             wait = self.model.var(1.0)
             self.waits.append(wait)

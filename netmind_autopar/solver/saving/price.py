@@ -20,6 +20,12 @@ most x (1 - B / S) for the largest S that all parameters together can have, so t
 waits elsewhere itself is charged for neither its bytes nor its state nor, from the moment at which it is made, its gradient, and pays what
 travels at the optimizer's moment: per parameter its node pays the less of both. What travels in forward and backward may hide.
 
+Transfers out leave in forward and must be gone at its end, those back come in backward, so a step of F seconds of forward and B of
+backward that sends x bytes takes at least (1 - h_o) F + (1 - h_i) B + (h_o + h_i) x / bandwidth, for any h_o, h_i in [0, 1]: seconds of a
+phase count for 1 - h, and a byte that waits elsewhere costs (h_o + h_i) / bandwidth in place of Λ.
+
+A view keeps its base while it is wanted itself, so Λ of the base reaches until then; see lent.py for views that are converted.
+
 A conversion that both phases want is made twice or kept: C for one of them, C + e = C + min(C, Λ (copy - least bytes kept)) for
 both. Charging forward e, backward e and both together C - e is the same, so two values say it.
 """
@@ -27,62 +33,31 @@ both. Charging forward e, backward e and both together C - e is the same, so two
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..problem import BACKWARD, FORWARD, Node, Problem, Value, parked_byte_s, stowed_s
-from .cut import Answer, Cut
+from .cut import Cut
+from .lent import Lent
+from .parts import early, late, silent, times
+from .shares import Shares
+
+Host = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Of value v's cost of being there, and of its copy's, what consumer t bears when it runs again; what it pays for v being kept."""
-
-    value: Mapping[tuple[int, int], float]
-    copy: Mapping[tuple[int, int], float]
-    kept: Mapping[tuple[int, int], float]
-
-
-def shares(cut: Cut, answer: Answer | None) -> Shares:
-    """As in the linear program at its solution; where that says nothing, equal ones."""
-    problem = cut.problem
-    tables: tuple[dict[tuple[int, int], float], ...] = ({}, {}, {})  # of copies, of values, for keeping
-    copied: set[tuple[int, int]] = set()  # what is taken as a copy, so that the program says what having that costs
-    for (j, i), numbers in (answer.links if answer else {}).items():
-        v = cut.things[i].value
-        takers = [t for t, c in enumerate(problem.values[v].consumers) if c.node == cut.parts[j].node and c.phase == FORWARD]
-        copied |= {(v, t) for t in takers[:1] if cut.things[i].source >= 0}
-        for table, number in zip(tables, numbers, strict=True):
-            if takers and number:
-                table[v, takers[0]] = table.get((v, takers[0]), 0.0) + number
-    copy, value, kept = tables
-    for v, item in enumerate(problem.values):
-        takers = [t for t, c in enumerate(item.consumers) if c.phase == FORWARD and problem.nodes[c.node].again]
-        for table in (copy, value):
-            total = sum(table.get((v, t), 0.0) for t in takers)
-            for t in takers:
-                free = table is copy and (v, t) in copied
-                table[v, t] = table.get((v, t), 0.0) / total if total > 0.0 else 0.0 if free else 1.0 / len(takers)
-    return Shares(value, copy, kept)
-
-
-def priced(
-    cut: Cut, prices: Mapping[int, float], shares: Shares, limit: int, host: tuple[float, float] = (0.0, 0.0), most_s: float = 0.0
-) -> tuple[Problem, float]:
+def priced(cut: Cut, prices: Mapping[int, float], shares: Shares, limit: int, host: Host = (0.0, 0.0)) -> tuple[Problem, float]:
     """The relaxation and the constant to add to its objective: the sum bounds the seconds of every plan within `limit`.
 
-    host: what a second of transfers out and back costs, when things may wait elsewhere; of either at most `most_s`, the seconds of a plan
-    in hand, hide behind a better one.
+    host: what a second of transfers out and back costs, at most one each, when things may wait elsewhere.
     """
     problem = cut.problem
-    work = _Priced(cut, prices, shares, sum(host) / problem.host_bytes_s if problem.host_bytes_s > 0 else math.inf)
+    work = _Priced(cut, prices, shares, host)
     values = [new for v in range(len(problem.values)) for new in work.split(v)]
     ordered = tuple(sorted(prices.items()))
     made = replace(problem, nodes=tuple(work.nodes), values=tuple(values), limit_bytes=None, prices=ordered)
-    hidden = sum(host) * most_s if problem.host_bytes_s > 0 else 0.0
-    return made, -sum(prices.values()) * limit - work.shift - hidden
+    return made, -sum(prices.values()) * limit - work.shift
 
 
 @dataclass(frozen=True)
@@ -90,33 +65,33 @@ class Levels:
     """The instances of a value by what keeping a byte of them costs: those that wait at the same crowded moments."""
 
     price: np.ndarray  # per level, ascending
+    copy: np.ndarray  # and of a copy that an op takes which runs again
     of_instance: np.ndarray  # the level of every instance
     count: np.ndarray  # instances per level
 
     @classmethod
-    def of(cls, gaps: np.ndarray) -> Levels:
-        price, where, count = np.unique(gaps, return_inverse=True, return_counts=True)
-        return cls(price, where.reshape(-1), count)
+    def of(cls, gaps: np.ndarray, copies: np.ndarray) -> Levels:
+        both, where, count = np.unique(np.stack([gaps, copies], axis=1), axis=0, return_inverse=True, return_counts=True)
+        return cls(both[:, 0], both[:, 1], where.reshape(-1), count)
 
 
 class _Priced:
-    def __init__(self, cut: Cut, prices: Mapping[int, float], shares: Shares, elsewhere: float = math.inf) -> None:
-        self.elsewhere = elsewhere  # seconds per byte that waits elsewhere
+    def __init__(self, cut: Cut, prices: Mapping[int, float], shares: Shares, host: Host) -> None:
         self.problem, self.choice, self.shares, self.shift = cut.problem, cut.tape.choice, shares, 0.0
         problem = cut.problem
+        elsewhere = sum(host) / problem.host_bytes_s if problem.host_bytes_s > 0 else math.inf  # seconds per byte that waits there
+        self.first, self.second = [1.0 - min(max(h, 0.0), 1.0) for h in host]  # what a second of forward, and of backward, counts for
         self.total = np.zeros(problem.moments + 1)  # price of the moments before m
         for m, price in prices.items():
             self.total[m + 1 :] += price
         self.made_by: dict[int, list[int]] = {}
         for v, value in enumerate(problem.values):
             self.made_by.setdefault(value.node, []).append(v)
-        until = [np.full(value.count, -1) for value in problem.values]
-        for t, v in enumerate(cut.tape.value):
-            if cut.tape.source[t] < 0:
-                until[v][cut.tape.item[t]] = min(cut.until[t], problem.moments)
-        self.waits = [self._gap(value, ends) for value, ends in zip(problem.values, until, strict=True)]
-        self.gaps = [np.minimum(gap, self.elsewhere) for gap in self.waits]  # what keeping it anywhere costs
-        self.levels = [Levels.of(gap) for gap in self.gaps]
+        self.waits = self._waits(cut, cut.until)
+        self.alone = [np.minimum(gap, elsewhere) for gap in self.waits]  # what keeping it anywhere costs, if no view is wanted as it is
+        self.gaps = [np.minimum(gap, elsewhere) for gap in self._waits(cut, cut.viewed)]  # and if one is
+        self.levels = [Levels.of(gap, less) for gap, less in zip(self.gaps, self.alone, strict=True)]
+        self.lent = Lent(problem)
         self.takes: dict[int, list[tuple[int, int]]] = {}
         for v, value in enumerate(problem.values):
             for t, consumer in enumerate(value.consumers):
@@ -126,7 +101,7 @@ class _Priced:
         self.earns: dict[tuple[int, int], np.ndarray] = {}  # z of one instance, per level and source state: for being there,
         self.keeps: dict[tuple[int, int], np.ndarray] = {}  # and for being kept
         self._gain(prices)
-        self.nodes = [self._parked(n, node) for n, node in enumerate(problem.nodes)]
+        self.nodes = [self._parked(n, replace(node, seconds=self._spent(node))) for n, node in enumerate(problem.nodes)]
         first = sorted((node.moments[0], n) for n, node in enumerate(problem.nodes) if node.again)
         for v, value in enumerate(problem.values):
             if not problem.nodes[value.node].again:
@@ -151,6 +126,12 @@ class _Priced:
                         worth = sum(price * (share if m == last else 1.0) for m, price in prices.items() if m >= made)
                         self.gradients.setdefault(consumer.node, []).append(worth)
 
+    def _spent(self, node: Node) -> np.ndarray:
+        """What the seconds of a node count for."""
+        early = sum(1 for m in node.moments if m <= self.problem.forward_end)
+        late = len(node.moments) - early
+        return node.seconds * ((self.first * early + self.second * late) / (early + late)) if node.moments else node.seconds
+
     def _parked(self, n: int, node: Node) -> Node:
         """What bytes that wait elsewhere gain, taken off; the most that it can be is taken off for all alike."""
         problem, nothing = self.problem, np.zeros(len(node.labels))
@@ -168,6 +149,14 @@ class _Priced:
         most = float(gain.max())
         self.shift += most
         return replace(node, seconds=node.seconds + most - gain)
+
+    def _waits(self, cut: Cut, until: Sequence[int]) -> list[np.ndarray]:
+        """Per value and instance what it pays for waiting, when tensors that are kept are there until these moments."""
+        ends = [np.full(value.count, -1) for value in self.problem.values]
+        for t, v in enumerate(cut.tape.value):
+            if cut.tape.source[t] < 0:
+                ends[v][cut.tape.item[t]] = min(until[t], self.problem.moments)
+        return [self._gap(value, there) for value, there in zip(self.problem.values, ends, strict=True)]
 
     def _gap(self, value: Value, until: np.ndarray) -> np.ndarray:
         """Per instance the prices of the moments at which it only waits for backward, whatever is chosen."""
@@ -206,7 +195,7 @@ class _Priced:
     def _node(self, n: int) -> None:
         """φ of one node, and what having its results costs."""
         node = self.problem.nodes[n]
-        again = np.zeros((len(node.moments), len(node.labels))) + node.seconds[None, :] / len(node.moments)
+        again = np.zeros((len(node.moments), len(node.labels))) + self.second * node.seconds[None, :] / len(node.moments)
         for v, t in self.takes.get(n, ()):
             value = self.problem.values[v]
             if (v, t) not in self.pays:  # made by a later class: in another layer, where it must be kept
@@ -218,7 +207,10 @@ class _Priced:
         for v in saved:
             self._earn(v, self._having(n, v, again))
         if saved:
-            self.nodes[n] = replace(node, seconds=node.seconds + self._ways(node, saved, again))
+            ways = self._ways(node, saved, again, self.gaps)
+            self.nodes[n] = replace(node, seconds=self._spent(node) + ways.sum(axis=0))
+            if any((self.gaps[v] > self.alone[v]).any() for v in saved):
+                self._lend(node, saved, ways - self._ways(node, saved, again, self.alone))
         for v in saved:
             self._pay(v, self.nodes[n].seconds, len(saved))
 
@@ -269,28 +261,39 @@ class _Priced:
             if (v, t) not in self.pays:
                 having = self.earns[v, t] + self.keeps[v, t] + (self.shares.value.get((v, t), 0.0) / values * dearer)[None, :]
                 part = self.shares.copy.get((v, t), 0.0)
-                tables = [self._needed(value, price, part, h) for price, h in zip(levels.price, having, strict=True)]
+                tables = [self._needed(value, price, part, h) for price, h in zip(levels.copy, having, strict=True)]
                 least = np.stack([table.min(axis=0) for table in tables])
                 told_apart = self._rows(value.consumers[t].node, value.used[:, t] + 1) is not None
                 self.pays[v, t] = np.where(np.isfinite(least), least, 0.0) * told_apart
 
     def _needed(self, value: Value, price: float, part: float, having: np.ndarray) -> np.ndarray:
         """What one instance costs, per source and target state, that is there for `having` and whose copy bears `part` of its price."""
-        seconds = np.where(np.isfinite(value.seconds), value.seconds, np.inf)
+        seconds = np.where(np.isfinite(value.seconds), self.second * value.seconds, np.inf)
         copied = np.minimum(price * value.copy_bytes[None, :].astype(float), seconds)
         if part < 1.0:
             copied = np.where(np.isfinite(copied), copied * part, np.inf)
         return having[:, None] + np.where(value.same, 0.0, copied)
 
-    def _ways(self, node: Node, values: list[int], again: np.ndarray) -> np.ndarray:
-        """φ of one node, per strategy; `again` is what running each instance again costs."""
+    def _lend(self, node: Node, values: list[int], more: np.ndarray) -> None:
+        """What the instances pay `more` under each strategy because a view of them is wanted."""
+        for v in values:
+            value = self.problem.values[v]
+            rows = np.searchsorted(node.moments, value.produced)
+            size = np.zeros((value.count, len(value.bytes)))
+            for i, row in enumerate(rows):
+                np.maximum.at(size[i], value.state, more[row])
+            if (self.gaps[v] > self.alone[v]).any():
+                self.lent.along(v, dict(zip(value.produced.tolist(), size, strict=True)))
+
+    def _ways(self, node: Node, values: list[int], again: np.ndarray, gaps: Sequence[np.ndarray]) -> np.ndarray:
+        """φ of one node, per instance and strategy; `again` is what running each instance again costs, `gaps` what keeping its values."""
         at = {m: i for i, m in enumerate(node.moments)}
         kept = np.zeros((len(node.moments), len(node.labels)))  # cost when it does not run again
         made = again.copy()
         for v in values:
             value, level = self.problem.values[v], self.levels[v].of_instance
             rows = np.array([at[int(m)] for m in value.produced])
-            price = self.gaps[v][:, None] * self.least(value)[value.state][None, :]
+            price = gaps[v][:, None] * self.least(value)[value.state][None, :]
             takers = [t for u, t in self.earns if u == v]
             earn, keep = (
                 np.sum([table[v, t] for t in takers], axis=0)[level][:, value.state] if takers else np.zeros_like(price)
@@ -299,7 +302,7 @@ class _Priced:
             needed = bool(self._phases(value)[1])
             if node.view:  # its memory is its base's; but a copy of it may be kept
                 copied = self.copied(value)[value.state][None, :] if needed else 0.0
-                kept[rows] += np.where(np.isfinite(copied), self.gaps[v][:, None] * np.where(np.isfinite(copied), copied, 0.0), np.inf)
+                kept[rows] += np.where(np.isfinite(copied), gaps[v][:, None] * np.where(np.isfinite(copied), copied, 0.0), np.inf)
                 made[rows] -= 0.0 if needed else earn
             elif needed:  # a = 1
                 kept[rows] += price - keep
@@ -307,93 +310,54 @@ class _Priced:
             else:
                 kept[rows] += np.minimum(0.0, price - earn - keep)
                 made[rows] += np.minimum(0.0, price - keep) - earn
-        return np.minimum(kept, made).sum(axis=0)
+        return np.minimum(kept, made)
 
     def split(self, v: int) -> list[Value]:
         value = self.problem.values[v]
         forward, backward = self._phases(value)
-        out: list[Value] = []
+        both = min(self.first if forward else 1.0, self.second if backward else 1.0)
         if not self._is_saved(value) or not self.waits[v].any():
-            out = [value]
-        else:
-            extra = self._extra(v)
-            if forward and backward:
-                rest = np.where(np.isfinite(value.seconds), value.seconds, 0.0) - extra
-                out.append(self._silent(value, np.where(np.isfinite(value.seconds), rest, np.inf)))
-            elif not (forward and backward):
-                extra = value.seconds
-            if forward or value.node in self.made_by:
-                out.append(self._part(value, forward, extra))
-            if backward:
-                out.append(self._late(value, backward, extra))
+            return [replace(value, seconds=times(value.seconds, both)), *self._edges(v)]
+        out: list[Value] = []
+        soon, again = times(value.seconds, self.first), times(value.seconds, self.second)
+        if forward and backward:
+            again = np.minimum(self._extra(v, both), again)
+            rest = times(value.seconds, both) - again
+            soon = soon - np.where(np.isfinite(rest), rest, 0.0)
+            out.append(silent(value, rest))
+        out.append(early(value, forward, soon, self.problem.forward_end))
+        if backward:
+            out.append(late(value, backward, again))
         return out + self._edges(v)
 
-    def _extra(self, v: int) -> np.ndarray:
-        """e of one instance on average: what a second conversion, or keeping the first, costs at least."""
+    def _extra(self, v: int, share: float) -> np.ndarray:
+        """e of one instance on average: what a second conversion, or keeping the first, costs at least. share: what a second counts for."""
         value, out = self.problem.values[v], np.zeros(self.problem.values[v].seconds.shape)
         given = not self.problem.nodes[value.node].moments
         least = np.zeros(len(value.bytes)) if given else self.least(value)
         more = np.maximum(value.copy_bytes[None, :] - least[:, None], 0.0)
+        seconds = np.where(np.isfinite(value.seconds), share * value.seconds, 0.0)
         for gap in self.gaps[v]:
-            out += np.minimum(np.where(np.isfinite(value.seconds), value.seconds, 0.0), gap * more)
+            out += np.minimum(seconds, gap * more)
         return np.where(value.same, 0.0, out / max(value.count, 1))
 
-    def _silent(self, value: Value, seconds: np.ndarray) -> Value:
-        """Conversions of both phases, without memory."""
-        nothing = np.zeros_like(value.bytes)
-        consumers = value.consumers
-        return replace(
-            value,
-            seconds=seconds,
-            shared=np.ones(len(value.bytes), bool),
-            bytes=nothing,
-            copy_bytes=np.zeros_like(value.copy_bytes),
-            room=None,
-            consumers=consumers,
-        )
-
-    def _part(self, value: Value, takers: list[int], seconds: np.ndarray) -> Value:
-        """What forward sees of a value: it lives until forward is done with it."""
-        end = self.problem.forward_end
-        held = value.held[:, takers]
-        used = value.used[:, takers]
-        held = np.where(held <= end + 1, held, used + 1)
-        return replace(
-            value,
-            consumers=tuple(value.consumers[t] for t in takers),
-            seconds=np.where(np.isfinite(value.seconds), seconds, np.inf),
-            shared=np.zeros(len(value.bytes), bool),
-            used=used,
-            held=held,
-        )
-
-    def _late(self, value: Value, takers: list[int], seconds: np.ndarray) -> Value:
-        """What backward sees of a value: it lives from its first use there."""
-        used = value.used[:, takers]
-        return replace(
-            value,
-            consumers=tuple(value.consumers[t] for t in takers),
-            seconds=np.where(np.isfinite(value.seconds), seconds, np.inf),
-            shared=np.zeros(len(value.bytes), bool),
-            produced=used.min(axis=1),
-            used=used,
-            held=value.held[:, takers],
-        )
-
     def _edges(self, v: int) -> list[Value]:
-        """What an op that runs again pays for its input and the input does not earn."""
+        """What an op that runs again pays for its input and the input does not earn; and what is lent to a copy of a view."""
         value, out = self.problem.values[v], []
         for t, consumer in enumerate(value.consumers):
-            if (v, t) not in self.pays or not self.pays[v, t].any():
+            paid, table = (v, t) in self.pays and bool(self.pays[v, t].any()), np.zeros(value.seconds.shape)
+            if not paid and (v, t) not in self.lent.out:
                 continue
-            levels, table = self.levels[v], np.zeros(value.seconds.shape)
-            part, having = self.shares.copy.get((v, t), 0.0), self.earns[v, t] + self.keeps[v, t]
-            for price, count, h, y in zip(levels.price, levels.count, having, self.pays[v, t], strict=True):
+            if (v, t) in self.lent.out:
+                table -= np.where(value.same, 0.0, self.lent.out[v, t][:, None])
+            levels, part = self.levels[v], self.shares.copy.get((v, t), 0.0)
+            having = self.earns[v, t] + self.keeps[v, t] if paid else ()
+            for price, count, h, y in zip(levels.copy, levels.count, having, self.pays[v, t], strict=True) if paid else ():
                 table += count * np.minimum(0.0, self._needed(value, price, part, h) - y[None, :])
             low = float(table[np.isfinite(value.seconds)].min(initial=0.0))
             if low < -1e-15:
                 self.shift -= low
                 table = np.where(np.isfinite(value.seconds), np.maximum(table - low, 0.0) / value.count, np.inf)
-                edge = self._silent(replace(value, consumers=(replace(consumer, phase=FORWARD),)), table)
+                edge = silent(replace(value, consumers=(replace(consumer, phase=FORWARD),)), table)
                 out.append(replace(edge, used=value.used[:, t : t + 1], held=value.used[:, t : t + 1]))
         return out
