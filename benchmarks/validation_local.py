@@ -1,13 +1,18 @@
 """Predicted against measured step times on this machine: pairs of (model, plan), run for real on gloo processes.
 
 The plans of a model are the planner's own, the usual recipes, and odd ones (drawn by random prices, then priced by the profile). A step is
-forward and backward; its measured time is the lower quartile over steps of the slowest rank.
+forward and backward. All plans of a model are in memory at once and take turns, in several rounds in an order drawn anew, so that a busy
+moment of the machine falls on one step of many plans rather than on all steps of one. A plan's measured time is the lower quartile over its
+steps of the slowest rank. Predicted is the timeline, as the step runs with communication beside computation.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -27,8 +32,8 @@ from torch import nn
 from netmind_autopar import AutoparError, Plan, autoparallelize
 
 RECIPES = ("ddp", "fsdp", "zero1", "megatron-tp")
-STEPS, WARM = 12, 3
-PAIR_TIMEOUT_S = 60.0
+ROUNDS, STEPS, WARM = 8, 2, 3  # of every plan; the first step of a round brings its memory back, and is not counted
+MODEL_TIMEOUT_S = 300.0
 
 
 def mlp(width: int, hidden: int, depth: int, batch: int) -> tuple[nn.Module, Any]:
@@ -91,12 +96,15 @@ class Pair:
     how: str  # "planner", a recipe, or "odd" and a seed
     plan: str  # the file's text
     predicted_s: float
+    sum_s: float  # one after the other
 
 
 def pairs(profile: str, count: int, ranks: int) -> list[Pair]:
     """About equally many plans of every model, no plan twice; `count` in all, fewer when there are no more."""
     from netmind_autopar.api import plan_program
     from netmind_autopar.costs.device import make_mesh
+    from netmind_autopar.passes.timing import with_timeline
+    from netmind_autopar.rules.bind import bind_program
     from netmind_autopar.tracer.capture import capture
 
     mesh = make_mesh(f"a={ranks}", profile)
@@ -120,7 +128,8 @@ def pairs(profile: str, count: int, ranks: int) -> list[Pair]:
             key = json.dumps([plan.choices, plan.regather], sort_keys=True)
             if key not in seen and len(seen) < each:
                 seen.add(key)
-                found.append(Pair(name, way, plan.dumps(), plan.cost.step_s))
+                plan, line = with_timeline(program, bind_program(program), plan, mesh)
+                found.append(Pair(name, way, plan.dumps(), line.step_s, line.sequential_s))
     return found[:count]
 
 
@@ -152,11 +161,11 @@ def measure(todo: Sequence[Pair], ranks: int, say: Callable[[str], None]) -> lis
         command = [sys.executable, __file__, str(folder)]
         workers = [subprocess.Popen([*command, str(r), str(ranks)], env=env, stdin=subprocess.PIPE) for r in range(ranks)]
         try:
-            deadline, done = time.monotonic() + PAIR_TIMEOUT_S, 0
+            deadline, done = time.monotonic() + MODEL_TIMEOUT_S, 0
             while any(w.poll() is None for w in workers) and time.monotonic() < deadline:
                 ready = len(list(folder.glob("time.*")))
                 if ready > done:
-                    deadline, done = time.monotonic() + PAIR_TIMEOUT_S, ready
+                    deadline, done = time.monotonic() + MODEL_TIMEOUT_S, ready
                     say(f"{done} of {len(todo)} measured")
                 time.sleep(0.2)
         finally:
@@ -182,7 +191,14 @@ def run(profile: str, count: int, ranks: int, say: Callable[[str], None]) -> dic
     say(f"{len(todo)} plans made")
     measured = measure(todo, ranks, say)
     rows = [
-        {"model": p.model, "plan": p.how, "predicted_ms": 1e3 * p.predicted_s, "measured_ms": 1e3 * m[0], "cpu_ms": 1e3 * m[1]}
+        {
+            "model": p.model,
+            "plan": p.how,
+            "predicted_ms": 1e3 * p.predicted_s,
+            "sum_ms": 1e3 * p.sum_s,
+            "measured_ms": 1e3 * m[0],
+            "cpu_ms": 1e3 * m[1],
+        }
         for p, m in zip(todo, measured, strict=True)
         if m is not None
     ]
@@ -198,6 +214,7 @@ def run(profile: str, count: int, ranks: int, say: Callable[[str], None]) -> dic
         "failed": len(todo) - len(rows),
         "kendall_tau": kendall([r["predicted_ms"] for r in rows], [r["measured_ms"] for r in rows]),
         "kendall_tau_of_cpu_time": kendall([r["predicted_ms"] for r in rows], [r["cpu_ms"] for r in rows]),
+        "kendall_tau_of_sums": kendall([r["sum_ms"] for r in rows], [r["measured_ms"] for r in rows]),
         "load": os.getloadavg()[0],
         "kendall_tau_within_models": statistics.fmean(within) if within else None,
         "mape_pct": 100 * statistics.fmean(errors) if errors else None,
@@ -207,6 +224,33 @@ def run(profile: str, count: int, ranks: int, say: Callable[[str], None]) -> dic
     }
 
 
+def in_turns(modules: dict[int, nn.Module], inputs: Any) -> dict[int, list[tuple[float, float]]]:
+    """(seconds of the slowest rank, CPU seconds of this one) of the steps of every module."""
+    draw, found = random.Random(0), {i: [] for i in modules}
+    for turn in range(ROUNDS):
+        for i in draw.sample(list(modules), len(modules)):
+            for step in range(STEPS + (WARM if turn == 0 else 1)):
+                took = one_step(modules[i], inputs)
+                if step >= (WARM if turn == 0 else 1):
+                    found[i].append(took)
+            modules[i].zero_grad()
+    return found
+
+
+def one_step(module: nn.Module, inputs: Any) -> tuple[float, float]:
+    """Forward and backward: seconds of the slowest rank, CPU seconds of this one."""
+    import torch.distributed as dist
+
+    module.zero_grad()
+    dist.barrier()
+    start, before = time.perf_counter(), time.process_time()
+    out = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
+    (out if isinstance(out, torch.Tensor) else out.loss).backward()
+    spent, used = torch.tensor([time.perf_counter() - start]), time.process_time() - before
+    dist.all_reduce(spent, dist.ReduceOp.MAX)
+    return float(spent), used
+
+
 def worker(folder: Path, rank: int, ranks: int) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -214,24 +258,16 @@ def worker(folder: Path, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("a",))
-    for i, pair in enumerate(json.loads((folder / "pairs").read_text())):
-        model, inputs = build(pair["model"])
-        pm = autoparallelize(model, inputs, mesh, plan=Plan.loads(pair["plan"]))
-        seconds, used = [], []
-        for _ in range(WARM + STEPS):
-            pm.zero_grad()
-            dist.barrier()
-            start, before = time.perf_counter(), time.process_time()
-            out = pm(**inputs) if isinstance(inputs, dict) else pm(*inputs)
-            (out if isinstance(out, torch.Tensor) else out.loss).backward()
-            spent = torch.tensor([time.perf_counter() - start])
-            dist.all_reduce(spent, dist.ReduceOp.MAX)
-            seconds.append(float(spent))
-            used.append(time.process_time() - before)
-        if rank == 0:
-            staged = folder / f"staged.{i}"
-            staged.write_text(json.dumps([float(np.quantile(x[WARM:], 0.25)) for x in (seconds, used)]))
-            staged.replace(folder / f"time.{i}")
+    todo = list(enumerate(json.loads((folder / "pairs").read_text())))
+    for name, some in itertools.groupby(todo, key=lambda item: item[1]["model"]):
+        model, inputs = build(name)
+        plans = {i: Plan.loads(pair["plan"]) for i, pair in some}
+        modules = {i: autoparallelize(copy.deepcopy(model), inputs, mesh, plan=plan) for i, plan in plans.items()}
+        for i, times in in_turns(modules, inputs).items():
+            if rank == 0:
+                staged = folder / f"staged.{i}"
+                staged.write_text(json.dumps([float(np.quantile(x, 0.25)) for x in zip(*times, strict=True)]))
+                staged.replace(folder / f"time.{i}")
     dist.destroy_process_group()
 
 

@@ -101,7 +101,7 @@ def test_curves_travel_with_the_plan_and_choose_the_same_chains() -> None:
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_presets_have_no_curves(name: str) -> None:
     mesh = make_mesh("dp=2,tp=8", name)
-    assert not mesh.device.curves and not any(axis.curves for axis in mesh.axes)
+    assert not mesh.device.curves and not any(axis.curves or axis.hideable < 1 for axis in mesh.axes)
     assert error_band(name, 1.0, 1.0) is None
 
 
@@ -127,6 +127,10 @@ def test_a_profile_with_curves(tmp_path: Path) -> None:
     mesh = make_mesh("a=4", write(tmp_path, profile()))
     assert mesh.device.curves[0].points == ((1e3, 1e-6), (1e6, 1e-5))
     assert mesh.axes[0].measured("all_reduce")[0][1] > 1e-4  # four devices: more messages than the two that were measured
+    assert mesh.axes[0].hideable == 1.0  # a profile from before it was measured
+    data = profile()
+    data["links"]["intra"]["hideable"] = 0.25
+    assert make_mesh("a=4", write(tmp_path, data)).axes[0].hideable == 0.25
     assert error_band(mesh.cluster, 3.0, 1.0) == pytest.approx(0.15)
     assert error_band(str(tmp_path / "none.json"), 3.0, 1.0) is None
 
@@ -159,6 +163,7 @@ ABSURD = {
     "device.launch_s": [4.0, 10.0],  # microseconds
     "links.intra.bandwidth_bytes_s": [360.0, 450e3],
     "links.intra.latency_s": [10.0, 2.7],
+    "links.intra.hideable": [1.5, -0.1, math.nan],
     "node_size": [10**9],
 }
 
@@ -348,7 +353,7 @@ def test_no_gpu_is_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_machine(tmp_path: Path) -> None:
     """Everything, in so little time that only the cheapest cases are measured."""
     heard: list[str] = []
-    task = {**run.make_task(2, 30.0, 0), "ops_s": 2.5, "collectives_s": 2.5}
+    task = {**run.make_task(2, 30.0, 0), "ops_s": 2.5, "collectives_s": 2.5, "beside_s": 1.0}
     found = run.measure(task, lambda what, _: heard.append(what))
     made = run.profile_of(task, found, 5.0)
     assert {"starting", "ops", "collectives"} <= set(heard)
@@ -359,5 +364,6 @@ def test_this_machine(tmp_path: Path) -> None:
     assert made.calibration and {"compute", "communication", "matmul", "all_reduce"} <= {r.kind for r in made.calibration.residuals}
     mesh = make_mesh("a=2", str(file))
     assert {c.kind for c in mesh.axes[0].curves} == set(MESSAGES)
+    assert found[0]["beside"] and 0.0 <= mesh.axes[0].hideable <= 1.0
     assert 1e8 < mesh.device.flops("float32") < 1e14
     assert make_mesh("a=2", str(file)) == mesh

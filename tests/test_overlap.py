@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import models
 import numpy as np
@@ -19,6 +20,7 @@ from netmind_autopar import plan as plan_of
 from netmind_autopar.costs.comm import Conversions
 from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.costs.timeline import COMPUTE, Event, simulate
+from netmind_autopar.ir.mesh import Mesh
 from netmind_autopar.ir.plan import Plan
 from netmind_autopar.ir.program import Program
 from netmind_autopar.passes.timing import plan_timeline
@@ -26,12 +28,13 @@ from netmind_autopar.rules.algebra import Rule
 from netmind_autopar.rules.bind import bind_program
 from netmind_autopar.solver.baselines import compare_baselines
 from netmind_autopar.solver.build import Built
+from netmind_autopar.solver.clock import Clock, Flight
 from netmind_autopar.solver.micro import in_turns
 from netmind_autopar.solver.overlap import _Weights, choose, hideable, least_beside_s
 from netmind_autopar.solver.problem import Choice, evaluate, seconds
 from netmind_autopar.solver.saving.decide import Task
 from netmind_autopar.solver.search import solve_problem
-from netmind_autopar.solver.sketch import Flight, Sketch, Sketcher, _Clock
+from netmind_autopar.solver.sketch import Sketch, Sketcher
 from netmind_autopar.solver.solve import solve
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.hash import graph_hash
@@ -74,9 +77,9 @@ def plans(family: str) -> dict[str, Plan]:
     return {"free": solve(program, rules, mesh, **known), "sum": solve(program, rules, mesh, overlap=False, **known), **out}  # type: ignore[arg-type]
 
 
-def sketch_of(family: str, plan: Plan) -> tuple[Sketch, Choice]:
+def sketch_of(family: str, plan: Plan, mesh: Mesh | None = None) -> tuple[Sketch, Choice]:
     """The sketch of a plan by its file alone."""
-    mesh, (program, rules) = make_mesh(MESHES[family], CLUSTER), in_turns(*captured(family), plan.micro_batches)
+    mesh, (program, rules) = mesh or make_mesh(MESHES[family], CLUSTER), in_turns(*captured(family), plan.micro_batches)
     conversions = Conversions(mesh, None)
     task = Task(program, rules, mesh, conversions, "global", 2, offload=bool(plan.offload or plan.state))
     work = task.build(plan.recompute, plan.regather, plan.offload, None, plan.state)
@@ -103,6 +106,28 @@ def test_the_sketch_is_the_lowered_programs_timeline(family: str) -> None:
     assert max(off.values()) <= FAR and float(np.median([*off.values()])) <= CLOSE, off
     assert off["free"] <= CLOSE
     assert hidden, "nothing overlaps"
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_what_cannot_be_hidden_is_the_devices_own_work(micro: int) -> None:
+    """Where the cores that compute also send: the sketch and the timeline agree, the sum stays, and less is hidden."""
+    program, rules = captured("gpt2")
+    mesh, known = make_mesh(MESHES["gpt2"], CLUSTER), {"graph_hash": graph_hash(program), "cluster": CLUSTER}
+    plan = solve(*in_turns(program, rules, micro), mesh, **known) if micro > 1 else plans("gpt2")["fsdp"]  # type: ignore[arg-type]
+    steps = []
+    for part in (1.0, 0.4, 0.0):
+        busy = replace(mesh, axes=tuple(replace(axis, hideable=part) for axis in mesh.axes))
+        full, (found, _) = plan_timeline(program, rules, plan, busy), sketch_of("gpt2", plan, busy)
+        assert found.sum_s == pytest.approx(full.sequential_s, rel=EXACT)
+        assert found.busy[COMPUTE] == pytest.approx(full.busy[COMPUTE], rel=EXACT)
+        assert found.step_s == pytest.approx(full.step_s, rel=FAR)
+        steps.append((full.step_s, found.step_s, full.sequential_s))
+    (most, other, total), middle, (least, without, whole) = steps
+    assert total == pytest.approx(whole, rel=EXACT)
+    assert least == pytest.approx(whole, rel=EXACT) and without == pytest.approx(whole, rel=EXACT)
+    assert most <= middle[0] <= least and other <= middle[1] <= without
+    if micro == 1:  # otherwise little is left to hide
+        assert most < middle[0] < least and other < middle[1] < without
 
 
 def test_it_is_that_of_a_larger_model_to_a_fiftieth() -> None:
@@ -143,7 +168,8 @@ def flights(draw: st.DrawFn) -> tuple[list[Flight], np.ndarray]:
         go = draw(st.integers(0, ops))
         come = draw(st.integers(go, ops))
         at = draw(st.integers(go, come))
-        out.append(Flight(f, draw(st.sampled_from(["dp", "tp"])), float(draw(st.integers(0, 4))), go, come, (at, f)))
+        stream, seconds, busy = draw(st.sampled_from(["dp", "tp"])), float(draw(st.integers(0, 4))), float(draw(st.integers(0, 2)))
+        out.append(Flight(f, stream, seconds, go, come, (at, f), busy=busy))
     compute = [float(draw(st.integers(0, 3))) for _ in range(ops)]
     return out, np.concatenate([[0.0], np.cumsum(compute)])
 
@@ -153,7 +179,7 @@ def flights(draw: st.DrawFn) -> tuple[list[Flight], np.ndarray]:
 def test_the_clock_is_the_simulation(case: tuple[list[Flight], np.ndarray]) -> None:
     """The same starts, waits and compute as events, one by one."""
     found, before = case
-    clock = _Clock(found, before)
+    clock = Clock(found, before)
     clock.run()
     events: list[Event] = []
     waiting: tuple[int, ...] = ()
@@ -165,6 +191,9 @@ def test_the_clock_is_the_simulation(case: tuple[list[Flight], np.ndarray]) -> N
             waiting = (len(events) - 1,)
         slot = at
         if begins:
+            if found[f].busy:
+                events.append(Event("busy", COMPUTE, found[f].busy, waiting))
+                waiting = (len(events) - 1,)
             event_of[f] = len(events)
             events.append(Event(f"flight {f}", found[f].stream, found[f].seconds, waiting))
         elif f >= 0:
@@ -174,8 +203,9 @@ def test_the_clock_is_the_simulation(case: tuple[list[Flight], np.ndarray]) -> N
     streams = clock.streams()
     assert {name: s for name, (s, _) in streams.items()} == {name: full.busy[name] for name in streams}
     assert {name: alone for name, (_, alone) in streams.items()} == {name: full.exposed[name] for name in streams}
-    slots, flown = clock.critical()
+    slots, flown, worked = clock.critical()
     on_compute = sum(float(before[s + 1] - before[s]) * slots[s] for s in range(len(before) - 1))
+    on_compute += sum(flight.busy * on for flight, on in zip(found, worked, strict=True))
     assert on_compute + sum(flight.seconds * on for flight, on in zip(found, flown, strict=True)) == full.step_s
 
 

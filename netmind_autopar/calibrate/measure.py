@@ -1,16 +1,19 @@
 """One of the processes that measure: `python -m netmind_autopar.calibrate.measure TASK.json RANK`.
 
 All processes run the ops at the same time, because that is how a step runs: on a CPU they share its memory bandwidth. Then groups of them
-run collectives. Cases are visited in rounds, in an order drawn anew each time, until the time is up: a moment in which the machine
-is busy with something else then spoils one sample of many cases rather than all samples of one.
+run collectives, on a CPU each behind some work as in a step: devices that come from work do not meet at the same moment, and threads that
+slept wake up late, which costs a small collective more than what it sends. Last, how much work can run beside a collective.
+Cases are visited in rounds, in an order drawn anew each time, until the time is up: a moment in which the machine is busy with something
+else then spoils one sample of many cases rather than all samples of one.
 
 Clocks: CUDA by events around many calls; a CPU with one thread by the thread's own CPU time, which other programs do not lengthen;
-everything else, collectives too, by the wall clock.
+everything else, collectives too, by the wall clock, less what the work before them took.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import random
@@ -31,6 +34,10 @@ SAMPLE_S = 2e-4  # calls are repeated until a sample takes this long
 MOST_CALLS = 64  # in a sample
 ROUNDS = 12  # at most
 REFUSED = -1  # calls of a case that does not run here
+BETWEEN_S = 5e-4  # of work before every collective on a CPU: about what a step has between two of them
+MEETINGS = 6  # collectives in a sample there
+BESIDE = ("all_reduce", "all_gather")  # started before some work and waited for behind it
+BESIDE_BYTES = (2**14, 2**18, 2**21)
 LONG_S, FEW = 0.01, 4  # calls that take longer are visited in so many rounds only
 COLLECTIVES = (*MESSAGES, "send")
 TIMEOUT_S = 30.0  # of one collective: a lost process is noticed after this long at the latest
@@ -67,10 +74,97 @@ class Clock:
             return self.op(call, calls)
         return self.cpu(call, calls, time.perf_counter)
 
+    def behind(self, work: Callable[[], Any], call: Callable[[], Any], calls: int) -> float:
+        """Seconds by which one call makes a step longer in which `work` precedes every call. CUDA: of the calls alone, which its stream
+        runs one after the other in any case."""
+        if self.device.type == "cuda":
+            return self.op(call, calls)
+        worked, start = 0.0, time.perf_counter()
+        for _ in range(calls):
+            begin = self._now()
+            work()
+            worked += self._now() - begin
+            call()
+        return (time.perf_counter() - start - worked) / calls
+
 
 def calls_for(seconds: float) -> int:
     """How many calls make one sample, when one call takes this long."""
     return max(1, min(MOST_CALLS, round(SAMPLE_S / max(seconds, 1e-9))))
+
+
+def meetings_for(seconds: float, device: torch.device) -> int:
+    """How many collectives make one sample: on a CPU enough that neither device is always the one that waits."""
+    return calls_for(seconds) if device.type == "cuda" else max(MEETINGS, calls_for(seconds)) if seconds < LONG_S else 2
+
+
+def work_of(device: torch.device, clock: Clock) -> Callable[[], Any]:
+    """About BETWEEN_S of work as a step has it: matrix products and additions that walk through memory. Equal on all processes."""
+    side = 2048 if device.type == "cuda" else 256
+    pool = torch.rand(16, side, side, device=device)
+    turn = itertools.cycle(pool.unbind())
+
+    def once() -> None:
+        a = next(turn)
+        torch.add(torch.mm(a, a[:, : side // 2])[:, :1], a)
+
+    clock.op(once, 4)
+    times = _agreed(max(1, round(BETWEEN_S / max(clock.op(once, 16), 1e-7))), None, device)
+
+    def work() -> None:
+        for _ in range(times):
+            once()
+
+    return work
+
+
+def measure_beside(task: dict, groups: dict[int, Any], work: Callable[[], Any], clock: Clock) -> Samples:
+    """The part of a collective, 0 to 1, beside which work can run: what it saves to start the collective before the work rather than behind
+    it, over the shorter one of both. Samples for the group of all processes."""
+    world, device = task["ranks"], clock.device
+    samples: Samples = {}
+    jobs = [(kind, sent) for sent in BESIDE_BYTES for kind in BESIDE if sent * world <= task["memory_bytes"] // 32]
+    times: dict[tuple[str, int], int] = {}
+    until = time.monotonic() + task["beside_s"]
+    for _ in range(2 * ROUNDS):
+        for kind, sent in jobs:
+            if not _all_go_on(until, device):
+                return samples
+            start, finish = _halves(kind, world, sent, groups[world], device)
+            if (kind, sent) not in times:
+                finish(start())
+                whole = clock.wall(_collective(kind, world, sent, 0, groups[world], device), MEETINGS)
+                times[kind, sent] = _agreed(max(1, round(whole / max(clock.wall(work, MEETINGS), 1e-9))), groups[world], device)
+            worked, apart, together = _three_ways(start, finish, work, times[kind, sent], clock)
+            if min(worked, apart - worked) > 0:
+                part = (apart - together) / min(worked, apart - worked)
+                samples.setdefault(f"{kind} {world} {sent}", []).append(min(max(part, 0.0), 1.0))
+    return samples
+
+
+def _three_ways(
+    start: Callable[[], Any], finish: Callable[[Any], Any], work: Callable[[], Any], times: int, clock: Clock
+) -> tuple[float, float, float]:
+    """Seconds of the work alone, of work and collective one after the other, and of both at once."""
+
+    def worked() -> None:
+        for _ in range(times):
+            work()
+
+    def apart() -> None:
+        worked()
+        finish(start())
+
+    def together() -> None:
+        sent = start()
+        worked()
+        finish(sent)
+
+    out = []
+    for call in (worked, apart, together):
+        dist.barrier()
+        out.append(clock.wall(call, MEETINGS))
+    return out[0], out[1], out[2]
 
 
 def measure_ops(task: dict, device: torch.device, clock: Clock, say: Callable[[str, float], None]) -> Samples:
@@ -128,11 +222,12 @@ def measure_rest(device: torch.device, clock: Clock) -> Samples:
     return found
 
 
-def measure_collectives(task: dict, rank: int, device: torch.device, clock: Clock, say: Callable[[str, float], None]) -> Samples:
+def measure_collectives(
+    task: dict, rank: int, groups: dict[int, Any], work: Callable[[], Any], clock: Clock, say: Callable[[str, float], None]
+) -> Samples:
     """Samples of every collective over sizes, for every size of group; the same ones on every process."""
-    world = task["ranks"]
+    world, device = task["ranks"], clock.device
     samples: Samples = {}
-    groups = {g: dist.new_group(list(range(g))) for g in task["groups"]}
     until = time.monotonic() + task["collectives_s"]
     jobs = list(_jobs(task, device))
     calls: dict[tuple, int] = {}
@@ -144,10 +239,10 @@ def measure_collectives(task: dict, rank: int, device: torch.device, clock: Cloc
             if rank < group:
                 key = (kind, group, sent)
                 call = _collective(kind, group, sent, rank, groups[group], device)
-                clock.wall(call, 1)
+                clock.behind(work, call, 1)
                 if key not in calls:
-                    calls[key] = _agreed(calls_for(clock.wall(call, 1)), groups[group], device)
-                samples.setdefault(f"{kind} {group} {sent}", []).append(clock.wall(call, calls[key]))
+                    calls[key] = _agreed(meetings_for(clock.wall(call, 1), device), groups[group], device)
+                samples.setdefault(f"{kind} {group} {sent}", []).append(clock.behind(work, call, calls[key]))
             if group < world:
                 dist.barrier()
             say("collectives", 1 - (until - time.monotonic()) / task["collectives_s"])
@@ -172,24 +267,31 @@ def elements(kind: str, group: int, sent: int) -> int:
 
 
 def _collective(kind: str, group: int, sent: int, rank: int, process_group: Any, device: torch.device) -> Callable[[], Any]:
+    if kind != "send":
+        start, finish = _halves(kind, group, sent, process_group, device)
+        return lambda: finish(start())
     x = torch.ones(elements(kind, group, sent), device=device)
-    if kind == "send":
 
-        def call() -> None:
-            if rank == 0:
-                dist.send(x, 1, group=process_group)
-            elif rank == 1:
-                dist.recv(x, 0, group=process_group)
+    def call() -> None:
+        if rank == 0:
+            dist.send(x, 1, group=process_group)
+        elif rank == 1:
+            dist.recv(x, 0, group=process_group)
 
-        return call
+    return call
+
+
+def _halves(kind: str, group: int, sent: int, process_group: Any, device: torch.device) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """How a collective is started and waited for, as `runtime.collectives.ProcessWire` does it."""
+    x = torch.ones(elements(kind, group, sent), device=device)
     ops, name, pieces = torch.ops._c10d_functional, process_group.group_name, [x.numel() // group] * group
-    start: dict[str, Callable[[], Any]] = {  # as `runtime.collectives.ProcessWire` starts them
+    start: dict[str, Callable[[], Any]] = {
         "all_gather": lambda: ops.all_gather_into_tensor(x, group, name),
         "reduce_scatter": lambda: ops.reduce_scatter_tensor(x, "sum", group, name),
         "all_reduce": lambda: ops.all_reduce(x, "sum", name),
         "all_to_all": lambda: ops.all_to_all_single(x, pieces, pieces, name),
     }
-    return lambda: ops.wait_tensor(start[kind]())
+    return start[kind], ops.wait_tensor
 
 
 def _all_go_on(until: float, device: torch.device) -> bool:
@@ -239,10 +341,13 @@ def main() -> None:
         store = dist.FileStore(str(folder / "store"), task["ranks"])
         dist.init_process_group(task["backend"], store=store, rank=rank, world_size=task["ranks"], timeout=wait)
     with torch.no_grad():
-        found = {"ops": measure_ops(task, device, clock, say), "rest": measure_rest(device, clock), "collectives": {}}
+        found = {"ops": measure_ops(task, device, clock, say), "rest": measure_rest(device, clock), "collectives": {}, "beside": {}}
         if task["ranks"] > 1:
             dist.barrier()
-            found["collectives"] = measure_collectives(task, rank, device, clock, say)
+            groups = {g: dist.new_group(list(range(g))) for g in task["groups"]}
+            work = work_of(device, clock)
+            found["collectives"] = measure_collectives(task, rank, groups, work, clock, say)
+            found["beside"] = measure_beside(task, groups, work, clock)
     (folder / f"found.{rank}").write_text(json.dumps(found))
     if task["ranks"] > 1:
         dist.destroy_process_group()

@@ -32,6 +32,7 @@ Say = Callable[[str, float], None]  # what is being done, and which part of it i
 
 DEFAULT_S, LEAST_S, MOST_S = 90.0, 20.0, 120.0
 STARTING_S, FITTING_S = 8.0, 8.0  # about what starting the processes and fitting take
+BESIDE_S = 4.0  # measuring how much work runs beside collectives
 GRACE_S = 60.0  # beyond the time asked for, on a busy machine, before measuring is given up
 MOST_RANKS = 64
 POLL_S = 0.05
@@ -64,8 +65,9 @@ def make_task(ranks: int | None, seconds: float, seed: int) -> dict[str, Any]:
     if not 1 <= ranks <= most:
         raise InputError(f"{ranks} ranks to calibrate", why=f"this machine takes 1 to {most}", try_="leave --ranks out")
     groups = [g for g in (2, 4, 8, 16, 32) if g < ranks] + [ranks] * (ranks > 1)
-    work = seconds - STARTING_S - FITTING_S
-    share = 0.6 if groups else 1.0
+    beside = BESIDE_S * bool(groups)
+    work = seconds - STARTING_S - FITTING_S - beside
+    share = 0.5 if groups else 1.0
     return {
         "device": "cuda" if gpus else "cpu",
         "backend": "nccl" if gpus else "gloo",
@@ -76,6 +78,7 @@ def make_task(ranks: int | None, seconds: float, seed: int) -> dict[str, Any]:
         "seed": seed,
         "ops_s": work * share,
         "collectives_s": work * (1 - share),
+        "beside_s": beside,
         "deadline_s": seconds + GRACE_S,
     }
 
@@ -168,6 +171,7 @@ def profile_of(task: Mapping[str, Any], found: Sequence[Mapping[str, Any]], seco
             "intra": {
                 "bandwidth_bytes_s": rate,
                 "latency_s": latency,
+                "hideable": hideable(found),
                 "curves": [{"kind": c.kind, "group": g, "points": [list(p) for p in c.points]} for g, c in fit.link_curves(collectives)],
             }
         },
@@ -183,6 +187,12 @@ def profile_of(task: Mapping[str, Any], found: Sequence[Mapping[str, Any]], seco
         },
     }
     return ClusterProfile.model_validate(data)
+
+
+def hideable(found: Sequence[Mapping[str, Any]]) -> float:
+    """The part of a collective's seconds beside which work ran, median over collectives and samples; 1 where nothing was measured."""
+    medians = [quartiles[1] for quartiles, _ in _quartiles(found, "beside").values()]
+    return statistics.median(medians) if medians else 1.0
 
 
 def _measured(points: Sequence[fit.Point], ops: Quartiles, sent: Quartiles) -> list[dict[str, Any]]:

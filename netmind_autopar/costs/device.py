@@ -18,6 +18,7 @@ A profile is a .toml or .json file (examples/cluster.toml). Every number is requ
     [links.intra]                     inside a node: what one device can send, and the latency of one message
     bandwidth_bytes_s = 360e9
     latency_s = 2e-6
+    hideable = 1.0                    optional: the part of a collective beside which the device can compute
     [links.inter]                     between nodes; may be left out of a cluster that is one node
     bandwidth_bytes_s = 40e9
     latency_s = 5e-6
@@ -51,6 +52,7 @@ Rate = Annotated[float, Field(ge=1e6, le=1e15, allow_inf_nan=False)]  # bytes/s
 Flops = Annotated[float, Field(ge=1e8, le=1e17, allow_inf_nan=False)]
 Latency = Annotated[float, Field(ge=1e-9, le=0.5, allow_inf_nan=False)]  # s
 Launch = Annotated[float, Field(ge=1e-9, le=0.01, allow_inf_nan=False)]  # s
+Part = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]  # of something
 Share = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 MemoryBytes = Annotated[int, Field(ge=2**24, le=2**45)]
 
@@ -81,10 +83,12 @@ class CurveProfile(_Part):
 
 
 class LinkProfile(_Part):
-    """What one device can send along a link, and the latency of one message. curves: collectives as they were measured."""
+    """What one device can send along a link, and the latency of one message. hideable: the part of a collective's seconds beside which the
+    device can compute. curves: collectives as they were measured."""
 
     bandwidth_bytes_s: Rate
     latency_s: Latency
+    hideable: Part = 1.0
     curves: list[CurveProfile] = []
 
     def at(self, size: int) -> tuple[Curve, ...]:
@@ -297,7 +301,7 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
                 why=f"the profile describes one node of {profile.node_size} devices",
                 try_="a smaller mesh, calibrate --ranks with as many as the mesh has, or a [links.inter] table in the profile",
             )
-        axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s, link.at(ranks.shape[i])))
+        axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s, link.at(ranks.shape[i]), link.hideable))
     memory, host = profile.device.memory_bytes, profile.device.host_memory_bytes or 2 * profile.device.memory_bytes
     if chosen == "cpu":
         memory, host = (size // min(ranks.size, profile.node_size) for size in (memory, host))

@@ -25,6 +25,8 @@ class Axis:
     """One mesh axis. `bandwidth_bytes_s` is what one device can send along it; `latency_s` is paid per message.
 
     curves: where measured, seconds of whole collectives by the bytes that one device sends; they are used instead.
+    hideable: the part of a collective beside which a device can compute; for the rest it is busy itself, as where the cores that compute
+    also send.
     in_turn: not devices, but parts of the work that one device does one after the other: nothing can travel along such an axis.
     """
 
@@ -33,6 +35,7 @@ class Axis:
     bandwidth_bytes_s: float = 1e11
     latency_s: float = 1e-5
     curves: tuple[Curve, ...] = ()
+    hideable: float = 1.0
     in_turn: bool = False
 
     def measured(self, kind: str) -> tuple[tuple[float, float], ...]:

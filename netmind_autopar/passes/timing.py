@@ -103,8 +103,11 @@ class _Events:
         if target is wait:
             self._wait_for(sender(node))
         elif is_collective(node, self.context.sizes) or target in STARTS:
-            axis = node.args[1] if target in BUCKETS else node.args[2]
-            self._event(node, self.mesh.names[axis], float(node.meta["seconds"]))  # type: ignore[index, call-overload]
+            axis = self.mesh.axes[node.args[1] if target in BUCKETS else node.args[2]]  # type: ignore[index, call-overload]
+            seconds = float(node.meta["seconds"])  # type: ignore[arg-type]
+            if axis.hideable < 1:
+                self._event(node, COMPUTE, seconds * (1 - axis.hideable))
+            self._event(node, axis.name, seconds * axis.hideable)
             if target not in STARTS:
                 self._wait_for(node)
         elif target in (offload, prefetch, fetch):

@@ -147,7 +147,8 @@ class _Search:
 
     def run(self, optimism: float, rounds: int) -> None:
         """Some rounds of repricing, from the best plan so far."""
-        weights = _Weights(self.problem, self.soft, optimism)
+        hidden = max((a.hideable for a in self.sketcher.conversions.mesh.axes), default=1.0)
+        weights = _Weights(self.problem, self.soft, 1 - hidden * (1 - optimism))
         now = self.best[2]
         for _ in range(rounds):
             sketch = self.sketches[now]

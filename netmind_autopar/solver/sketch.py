@@ -2,11 +2,7 @@
 make of the lowered program, without lowering it.
 
 Slots are positions of ops, as moments are: op m runs at moment 2m + 1. A flight is one collective: it starts before the op at slot
-`go` and is waited for before the op at slot `come`. Between flights only sums of compute seconds matter, so a step costs as much to
-place as it has collectives:
-
-    start   no earlier than compute comes to `go`, than the flight before it on its stream is over
-    wait    compute goes on when the flight is over
+`go` and is waited for before the op at slot `come`. `clock.py` places them.
 
 The rules for `go` and `come` are those of the schedule, except that memory is not looked at (there a flight that would raise the
 peak is shortened) and that chains of moves are cut at ops, not at single moves. tests/test_overlap.py holds both against each other.
@@ -15,7 +11,7 @@ peak is shortened) and that chains of moves are cut at ops, not at single moves.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,10 +19,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..costs.comm import BUCKET_BYTES, Conversions
-from ..costs.timeline import COMPUTE, uncovered
+from ..costs.timeline import COMPUTE
 from ..ir.plan import Entry
 from ..ir.spec import local_bytes
 from .build import Built
+from .clock import Clock, Flight
 from .explain import summed_bytes
 from .problem import Choice, link_s, parking_s, wanted
 from .stowing import travels
@@ -37,27 +34,14 @@ OUT, IN, STATE = "to the host", "from the host", "optimizer state"  # streams
 
 
 class Step(NamedTuple):
-    """One move: the stream that carries it, "" for a copy on the device itself; seconds; bytes of what it takes; bucket: its group."""
+    """One move: the stream that carries it, "" for a copy on the device itself; seconds there; bytes of what it takes; bucket: its group;
+    busy: seconds more, of compute."""
 
     stream: str
     seconds: float
     bytes: int
     bucket: tuple
-
-
-@dataclass
-class Flight:
-    """value: of the problem. at: the slot at which it stands without overlap, and its place there. after: the flight whose result it
-    sends, -1 for none."""
-
-    value: int
-    stream: str
-    seconds: float
-    go: int
-    come: int
-    at: tuple[int, int]
-    after: int = -1
-    backward: bool = False  # begins and is waited for there: after all that forward waits for
+    busy: float = 0.0
 
 
 @dataclass
@@ -67,6 +51,7 @@ class _Bucket:
     stream: str
     members: list[tuple[int, int, tuple[Step, ...], int]] = field(default_factory=list)
     seconds: float = 0.0
+    busy: float = 0.0
     bytes: int = 0
 
 
@@ -135,7 +120,9 @@ class Sketcher:
             for m in path:
                 stream = "" if m.kind in LOCAL else self.names[m.axis]
                 group = (m.axis, str(m.before.placements[m.axis]), m.before.dtype) if m.kind == "all_reduce" else ()
-                steps.append(Step(stream, m.seconds * share, local_bytes(m.before, sizes), group))
+                hidden = self.conversions.mesh.axes[m.axis].hideable if stream else 1.0
+                seconds = m.seconds * share
+                steps.append(Step(stream, seconds * hidden, local_bytes(m.before, sizes), group, seconds * (1 - hidden)))
             self.paths[key] = tuple(steps)
         return self.paths[key]
 
@@ -146,13 +133,15 @@ class Sketcher:
 
 @dataclass
 class _Step:
-    """The flights of one choice. local: seconds that the device spends on moves, by slot. late: all-reduces after the last turn."""
+    """The flights of one choice. local: seconds that the device spends on moves, by slot. late: all-reduces after the last turn, by stream;
+    after: what the device works for those itself."""
 
     work: Sketcher
     choice: Choice
     flights: list[Flight] = field(default_factory=list)
     local: dict[int, float] = field(default_factory=dict)
     late: dict[str, float] = field(default_factory=dict)
+    after: float = 0.0
     raw: list[tuple[int, int, tuple[Step, ...], int, int, int, bool]] = field(default_factory=list)
     sole: dict[int, bool] = field(default_factory=dict)
 
@@ -191,6 +180,7 @@ class _Step:
                 tail += 1
             for step in steps[len(steps) - tail :]:
                 self.late[step.stream] = self.late.get(step.stream, 0.0) + step.seconds
+                self.after += step.busy
             steps = steps[: len(steps) - tail]
             if not (gradient and turns == 1 and steps and steps[-1].bucket):
                 self._chain(v, i, steps, at, use)
@@ -198,6 +188,7 @@ class _Step:
             bucket = open_.setdefault(steps[-1].bucket, _Bucket(steps[-1].stream))
             bucket.members.append((v, i, steps[:-1], at))
             bucket.seconds, bucket.bytes = bucket.seconds + steps[-1].seconds, bucket.bytes + steps[-1].bytes
+            bucket.busy += steps[-1].busy
             if bucket.bytes >= BUCKET_BYTES:
                 self._bucket(open_.pop(steps[-1].bucket))
         for bucket in open_.values():
@@ -209,7 +200,8 @@ class _Step:
         for v, i, steps, begins in bucket.members:
             last = self._chain(v, i, steps, begins, at if len(bucket.members) > 1 else -1)
         v = bucket.members[-1][0]
-        self.flights.append(Flight(v, bucket.stream, bucket.seconds, at, self.work.ops, (at, len(self.flights)), last, True))
+        place = (at, len(self.flights))
+        self.flights.append(Flight(v, bucket.stream, bucket.seconds, at, self.work.ops, place, last, True, bucket.busy))
 
     def _chain(self, v: int, i: int, steps: Sequence[Step], at: int, use: int) -> int:
         """The flights of one conversion, one after the other, the last one's position, -1 without any. use: -1 for the end of the phase."""
@@ -234,7 +226,8 @@ class _Step:
                 after = bisect_right(starts, go)
                 come = min(begun + int(share * (first - begun)), starts[after] if after < len(starts) else end, at)
             come = max(come, go)
-            self.flights.append(Flight(v, step.stream, step.seconds, go, come, (at, len(self.flights)), last, not forward))
+            place = (at, len(self.flights))
+            self.flights.append(Flight(v, step.stream, step.seconds, go, come, place, last, not forward, step.busy))
             last, go = len(self.flights) - 1, come
         return last
 
@@ -300,99 +293,24 @@ def _placed(step: _Step) -> Sketch:
     for slot, seconds in step.local.items():
         compute[slot] += seconds
     compute[-1] += 3 * summed_bytes(work.built, choice) / work.conversions.mesh.device.memory_bandwidth_bytes_s  # as cost_of has it
-    clock = _Clock(step.flights, np.concatenate([[0.0], np.cumsum(compute)]))
+    clock = Clock(step.flights, np.concatenate([[0.0], np.cumsum(compute)]))
     clock.run()
     waits = turns * parking_s(problem, choice)
-    busy, exposed = {COMPUTE: turns * float(compute.sum())}, dict[str, float]()
+    working = turns * (float(compute.sum()) + sum(f.busy for f in step.flights)) + step.after
+    busy, exposed = {COMPUTE: working}, dict[str, float]()
     for stream, (seconds, alone) in sorted(clock.streams().items()):
         busy[stream], exposed[stream] = turns * seconds, turns * alone
     for stream, seconds in [*sorted(step.late.items()), *([(STATE, waits)] if waits else [])]:
         busy[stream], exposed[stream] = busy.get(stream, 0.0) + seconds, exposed.get(stream, 0.0) + seconds
-    slots, flown = clock.critical()
+    slots, flown, worked = clock.critical()
     total, critical = np.zeros(len(problem.values)), np.zeros(len(problem.values))
-    for flight, on in zip(step.flights, flown, strict=True):
-        total[flight.value] += flight.seconds
-        critical[flight.value] += flight.seconds * on
+    for flight, on, too in zip(step.flights, flown, worked, strict=True):
+        total[flight.value] += flight.seconds + flight.busy
+        critical[flight.value] += flight.seconds * on + flight.busy * too
     node_critical = [
         float(slots[at].mean()) if len(at) and node.seconds[k] > 0 else math.nan
         for node, at, k in zip(problem.nodes, work.slots, choice, strict=True)
     ]
     value_critical = np.divide(critical, total, out=np.full(len(total), np.nan), where=total > 0)
-    step_s = turns * clock.now + max(step.late.values(), default=0.0) + waits
+    step_s = turns * clock.now + step.after + max(step.late.values(), default=0.0) + waits
     return Sketch(step_s, sum(busy.values()), busy, exposed, value_critical, np.array(node_critical))
-
-
-class _Clock:
-    """The placing. Items are starts and waits in the order in which the device comes to them."""
-
-    def __init__(self, flights: Sequence[Flight], before: np.ndarray) -> None:
-        self.flights, self.before = flights, before
-        items: list[tuple[tuple, int, int, bool]] = []
-        for f, flight in enumerate(flights):
-            own = flight.go >= flight.at[0] or (flight.after >= 0 and flights[flight.after].come >= flight.go)
-            begin = (1, flight.at, 0, f) if own else (0, flight.come, flight.at, f)
-            items.append(((flight.go, flight.backward, *begin), flight.go, f, True))
-            items.append(((flight.come, flight.backward, 1, flight.at, 1, f), flight.come, f, False))
-        self.items = sorted(items)
-        self.now = self.computed = 0.0  # when the step ends, and when compute does
-        self.begin, self.end = [0.0] * len(flights), [0.0] * len(flights)
-        self.idle: list[tuple[float, float]] = []  # when compute waits
-        self.cause: list[int] = [-1] * len(flights)  # the flight before on the stream, when that decided when it began
-        self.item_of: list[int] = [0] * len(flights)
-        self.stalls: list[tuple[int, int]] = []  # (item, flight) of waits that took time
-        self.last = -1  # the flight that ends the step, -1 when compute does
-
-    def run(self) -> None:
-        """Place every flight, and compute between them."""
-        now, at, free = 0.0, 0, dict[str, tuple[float, int]]()
-        before = self.before.tolist()
-        for k, (_, slot, f, begins) in enumerate(self.items):
-            now += before[slot] - before[at]
-            at = slot
-            if begins:
-                stream, seconds = self.flights[f].stream, self.flights[f].seconds
-                ready, other = free.get(stream, (0.0, -1))
-                self.item_of[f], self.begin[f] = k, now
-                if ready > now:
-                    self.begin[f], self.cause[f] = ready, other
-                self.end[f] = self.begin[f] + seconds
-                free[stream] = self.end[f], f
-            elif self.end[f] > now:
-                self.idle.append((now, self.end[f]))
-                now = self.end[f]
-                self.stalls.append((k, f))
-        now += before[-1] - before[at]
-        self.computed = now
-        for end, f in free.values():
-            if end > now:
-                now, self.last = end, f
-        self.now = now
-
-    def streams(self) -> dict[str, tuple[float, float]]:
-        """Per stream its seconds, and how many of them compute has nothing to do."""
-        ends = [0.0, *(end for _, end in self.idle)]
-        computing = list(zip(ends, [*(begin for begin, _ in self.idle), self.computed], strict=True))
-        work: dict[str, list[tuple[float, float]]] = {}
-        for f, flight in enumerate(self.flights):
-            work.setdefault(flight.stream, []).append((self.begin[f], self.end[f]))
-        return {stream: (sum(e - b for b, e in pairs), uncovered(sorted(pairs), computing)) for stream, pairs in work.items()}
-
-    def critical(self) -> tuple[np.ndarray, list[bool]]:
-        """Per slot whether its compute, and per flight whether it, lies on a chain that fills the step."""
-        slots, flown = np.zeros(len(self.before) - 1), [False] * len(self.flights)
-        k, slot, f = len(self.items), len(self.before) - 1, self.last
-        stalled = [item for item, _ in self.stalls]
-        while True:
-            while f >= 0:
-                flown[f] = True
-                if self.cause[f] >= 0:
-                    f = self.cause[f]
-                    continue
-                k, slot, f = self.item_of[f], self.flights[f].go, -1
-            at = bisect_left(stalled, k) - 1
-            if at < 0:
-                slots[:slot] = 1.0
-                return slots, flown
-            item, f = self.stalls[at]
-            slots[self.items[item][1] : slot] = 1.0
-            k = item
