@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from netmind_autopar import Checkpoints, autoparallelize
 
@@ -55,9 +54,8 @@ Told = Callable[[str, int, float], None]
 
 def train(folder: Path, steps: int, *, every: int = 5, timeout_s: float = 30.0, told: Told = lambda *_: None) -> None:
     """One life of the program. told: hears ("loaded", step, 0), ("step", number, loss) and ("save", step, 0) before each save."""
-    torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("dp",))
+    mesh = f"dp={os.environ['WORLD_SIZE']}"  # a mesh given as text starts the process group too
     pm = autoparallelize(Net(), torch.zeros(BATCH, WIDTH), mesh, timeout_s=timeout_s)
     optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

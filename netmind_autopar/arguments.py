@@ -18,6 +18,7 @@ from .ir.errors import InputError, MeshError, PlanError
 from .ir.mesh import Mesh, parse_axes
 from .ir.plan import Plan
 from .runtime.agree import together
+from .runtime.join import join
 from .solver.meshes import Devices
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -126,6 +127,6 @@ def check_plan_mesh(plan: Plan, mesh: DeviceMesh) -> None:
 
 def _start(processes: int, backend: str) -> None:
     if processes > 1 or "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        join(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,6 +1,6 @@
-"""The command line: netmind-autopar plan | explain | diff | verify | calibrate | mesh | clusters.
+"""The command line: netmind-autopar plan | explain | diff | verify | calibrate | doctor | mesh | clusters.
 
-Exit codes: 0 done; 1 `verify` or `diff` found a difference; 2 bad input, told on stderr as what, where, why and what to try;
+Exit codes: 0 done; 1 `verify` or `diff` found a difference, `doctor` something wrong; 2 bad input, told on stderr with what to try;
 3 a defect of this package; 130 interrupted.
 """
 
@@ -82,6 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--ranks", type=_positive, metavar="N", help="processes that measure at once: as many as will train (a device each)")
     sub.add_argument("--seconds", type=_seconds, default=90.0, metavar="S", help="about how long it may take (90)")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="the order of measuring, and which points judge the fit (0)")
+
+    sub = command("doctor", run_doctor, "look whether this machine can train, in about 15 seconds; exit code 1 with what to do if not")
+    sub.add_argument("--ranks", type=_positive, metavar="N", help="processes of the collective test (one per GPU; 2 without)")
+    sub.add_argument("--cluster", metavar="NAME", help="a preset or a profile file to compare with")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
 
     sub = command("mesh", run_mesh, "show the axes and links of a mesh")
     sub.add_argument("mesh", metavar="MESH", help="axes and sizes, outermost first: dp=2,tp=4")
@@ -285,7 +290,7 @@ def run_verify(args: argparse.Namespace) -> int:
         progress("building the model")
         loaded = _load(args, meta=False)
         if args.dtype:
-            loaded, plan = _in_dtype(loaded, plan, args.dtype)
+            loaded, plan = modelfile.in_dtype(loaded, plan, args.dtype)
         progress(f"running {' × '.join(map(str, plan.sizes))} ranks in lockstep")
         trainer = (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)) if args.steps > 1 else None
         noise = 0.0 if args.as_given else AMOUNT
@@ -297,20 +302,6 @@ def run_verify(args: argparse.Namespace) -> int:
     if args.repro and result.failure:
         print(result.save(args.repro))
     return OK if result.ok else DIFFERS
-
-
-def _in_dtype(loaded: modelfile.Loaded, plan: Plan, dtype: str) -> tuple[modelfile.Loaded, Plan]:
-    """Model and plan in another dtype. The plan must fit the model as it is; its choices are then those of the other graph too."""
-    from .rules.bind import bind_program
-    from .solver.solve import choices_to_strategies
-    from .tracer.capture import capture
-    from .tracer.hash import graph_hash
-
-    program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision)
-    choices_to_strategies(program, bind_program(program), plan)
-    other = modelfile.cast(loaded, dtype)
-    program = capture(other.model, other.inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision)
-    return other, plan.model_copy(update={"graph_hash": graph_hash(program)})
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
@@ -331,6 +322,16 @@ def run_calibrate(args: argparse.Namespace) -> int:
     save(profile, args.out)
     _show(calibration_report(profile, args.out))
     return OK
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+    from .doctor.show import diagnosis_report, diagnosis_text
+
+    with _progress() as progress:
+        found = examine(ranks=args.ranks, cluster=args.cluster, say=progress)
+    _show(diagnosis_report(found)) if not args.json else print(diagnosis_text(found))
+    return OK if found.ok else DIFFERS
 
 
 def run_mesh(args: argparse.Namespace) -> int:
@@ -391,9 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _silence(stream: Any) -> None:
     """Send what is still buffered nowhere, so that the interpreter does not complain about it when it ends."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())
 
 
 if __name__ == "__main__":

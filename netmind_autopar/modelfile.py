@@ -19,6 +19,7 @@ import torch
 
 from .ir.errors import InputError
 from .ir.jsontext import read_json
+from .ir.plan import Plan
 
 SEED = 0
 
@@ -190,3 +191,17 @@ def _where(e: BaseException, path: Path) -> str:
 def _last_line(e: BaseException) -> str:
     text = str(e).strip().splitlines()
     return f"{type(e).__name__}: {text[0]}" if text else type(e).__name__
+
+
+def in_dtype(loaded: Loaded, plan: Plan, dtype: str) -> tuple[Loaded, Plan]:
+    """Model and plan in another dtype. The plan must fit the model as it is; its choices are then those of the other graph too."""
+    from .rules.bind import bind_program
+    from .solver.solve import choices_to_strategies
+    from .tracer.capture import capture
+    from .tracer.hash import graph_hash
+
+    program = capture(loaded.model, loaded.inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision)
+    choices_to_strategies(program, bind_program(program), plan)
+    other = cast(loaded, dtype)
+    program = capture(other.model, other.inputs, mode=plan.mode, fuse=plan.fuse, precision=plan.precision)
+    return other, plan.model_copy(update={"graph_hash": graph_hash(program)})

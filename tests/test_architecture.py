@@ -28,6 +28,7 @@ LAYERS = (
     ("verification", "calibrate"),
     ("__init__",),
     ("wording",),
+    ("doctor",),
     ("report", "modelfile"),
     ("cli",),
     ("__main__",),
