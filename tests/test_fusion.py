@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gloo_fusion
 import pytest
 import test_repeat
 import torch
@@ -23,8 +27,10 @@ from netmind_autopar.cli import main
 from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.ir.errors import InputError
 from netmind_autopar.ir.program import Program, op_name
+from netmind_autopar.passes import losses
 from netmind_autopar.passes.pipeline import lower
 from netmind_autopar.rules.bind import bind_program
+from netmind_autopar.runtime.collectives import move
 from netmind_autopar.solver.solve import solve
 from netmind_autopar.tracer.capture import capture
 from netmind_autopar.tracer.fusion import fused_rows, rewrite, table
@@ -395,3 +401,65 @@ def test_the_command_line_shows_fusions(tmp_path: Path, capsys: pytest.CaptureFi
     assert "left: 1 gated, the activation is multiplied with its own argument  block.py:11" in shown
     assert main(["plan", str(tmp_path / "block.py"), "--mesh", "a=2"]) == 0
     assert "Fused" not in capsys.readouterr().out, "on a CPU nothing is fused unless it is asked for"
+
+
+# ---- after sharding: a loss over split classes --------------------------------------------------------------------------------
+
+
+def split_loss(world: int, fuse: bool = True) -> tuple[nn.Module, Any, Program, Plan]:
+    """A plan under which the axis splits the classes: 65 of them, which divide by no mesh."""
+    model, inputs = gloo_fusion.case()
+    program = capture(model, inputs, fuse=fuse)
+    found = plan(model, inputs, f"a={world}", fuse=fuse, time_limit=5.0)
+    split = {"h.weight": "d0", "h.t": "a", "h.mm": "n", "mul": "b", "amax": "b", "sum_exp": "c", "pick": "c"}
+    split |= {"cross_entropy_backward@backward": "c", "mul@backward": "b", "h.t@backward": "b", "h.mm@backward": "m"}
+    assert split.keys() <= found.choices.keys(), found.choices
+    choices = {name: split.get(name, "-") for name in found.choices}
+    return model, inputs, program, found.model_copy(update={"choices": choices})
+
+
+def collectives(lowered: Program) -> list[tuple[str, str]]:
+    return [(str(n.args[1]), str(n.args[3])) for n in lowered.graph.nodes if n.target is move and n.args[1] != "slice"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_loss_over_split_classes_takes_one_collective(world: int) -> None:
+    """Twelve bytes a row and device, where three all-reduces stood; exact in lockstep."""
+    model, inputs, program, one = split_loss(world)
+    lowered = lower(program, bind_program(program), one)
+    assert collectives(lowered) == [("all_gather", f"f32[{world},3,{gloo_fusion.ROWS}] S(0)")]
+    report = compare(model, inputs, program, lowered, one, emitted=True)
+    assert report.ok and report.max_rel_error <= 1e-6, report
+    model, inputs, program, one = split_loss(world, fuse=False)
+    assert [kind for kind, _ in collectives(lower(program, bind_program(program), one))] == ["all_reduce"] * 3
+
+
+def test_a_wrong_start_of_the_classes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, program, one = split_loss(2)
+
+    def wrong(new: Any, context: Any, loss: losses._Loss) -> None:
+        loss.pick.args = (*loss.pick.args[:2], 0, *loss.pick.args[3:])
+        right(new, context, loss)
+
+    right = losses._rewrite
+    monkeypatch.setattr(losses, "_rewrite", wrong)
+    assert not compare(model, inputs, program, lower(program, bind_program(program), one), one).ok
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_loss_over_split_classes_on_real_processes(world: int, tmp_path: Path) -> None:
+    split_loss(world)[3].save(tmp_path / "plan.json")
+    command = [sys.executable, gloo_fusion.__file__, str(world), str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(r), str(tmp_path / "plan.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+             for r in range(world)]  # fmt: skip
+    try:
+        outputs = [p.communicate(timeout=300) for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    for out, err in outputs:
+        assert out, err
+        row = json.loads(out.splitlines()[-1])
+        assert row["loss"] <= 1e-6 and row["gradient"] <= 1e-6, row

@@ -25,6 +25,7 @@ from .bucket import bucket_gradients
 from .defer import defer_reductions
 from .dense import make_dense
 from .localize import localize
+from .losses import fuse_losses
 from .offload import offload_values
 from .reshard import insert_reshards
 from .schedule import schedule_collectives
@@ -53,6 +54,7 @@ Pass = Callable[[Program, Lowering], Program]
 PASSES: tuple[Pass, ...] = (
     localize,  # first: every op works on local shapes and says which specs it takes and gives
     insert_reshards,  # then every edge whose two specs differ gets its collectives
+    fuse_losses,  # only now the reductions of a loss over split classes stand in the graph
     make_dense,  # what arrives at an op, moved or not, is dense where the op reads it so
     offload_values,  # then values are sent away as they lie, and backward's moves take what comes back
     defer_reductions,  # gradients of micro-batches are added up before they are reduced

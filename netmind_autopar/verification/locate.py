@@ -184,6 +184,8 @@ def origin_of(node: fx.Node, known: Mapping[str, Any]) -> tuple[str, int]:
             node, index = producer, position
         if node.meta.get("again") in known:  # runs again in backward what its original did
             return node.meta["again"], index
+        if node.meta.get("piece"):  # of a value that the captured graph makes in another way: it has none like it
+            return node.meta["piece"], index
         if node.name in known or not node.args or not isinstance(node.args[0], fx.Node):
             return node.name, index
         node = node.args[0]
