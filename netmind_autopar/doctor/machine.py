@@ -99,7 +99,7 @@ def disk(name: str, folder: Path) -> Finding:
             seconds = time.perf_counter() - start
     except OSError as e:
         return Finding(
-            MACHINE, name, f"{folder}: {e.strerror or e}", "wrong", "name another folder (TMPDIR, AUTOPAR_OFFLOAD, AUTOPAR_CACHE)"
+            MACHINE, name, f"{folder}: {e.strerror or e}", "wrong", "name another folder: TMPDIR, or the variables in docs/cli.md"
         )
     text = f"{folder}: {size(room)} free, written at {TRIAL_BYTES / seconds / 1e6:,.0f} MB/s"
     return Finding(MACHINE, name, text, *(() if room > 1 << 30 else ("note", "free some space")))  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ def from_rank_zero(make: Callable[[], str], doing: str = "planning") -> str:
     if _alone():
         return make()
     box = [_tried(make, doing)[:6] if dist.get_rank() == 0 else None]
-    _meet(f"the result of {doing}", lambda: dist.broadcast_object_list(box, src=0, group=_group()))
+    collective(f"the result of {doing}", lambda: dist.broadcast_object_list(box, src=0, group=_group()))
     kind, *slots = box[0]  # type: ignore[misc]
     if kind == "error":
         raise _error(slots)
@@ -65,11 +65,12 @@ def exchange(name: str, mine: Any) -> list[Any]:
     """What every rank gives, in order of ranks. name: of this meeting, the same on all. Raises RankError when a rank is in trouble."""
     found: list[Any] = [None] * dist.get_world_size()
     given = mine[:6] if isinstance(mine, tuple) else mine  # an exception itself stays here
-    _meet(name, lambda: dist.all_gather_object(found, given, group=_group()))
+    collective(name, lambda: dist.all_gather_object(found, given, group=_group()))
     return found
 
 
-def _meet(name: str, act: Callable[[], object]) -> None:
+def collective(name: str, act: Callable[[], object]) -> None:
+    """A collective of torch.distributed, under a name that is the same on all ranks. Raises RankError when a rank is in trouble."""
     with HERE.wait(name):
         try:
             act()

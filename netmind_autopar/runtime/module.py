@@ -22,7 +22,7 @@ from ..ir.program import Input
 from ..ir.spec import local_shape
 from . import data, infer, memory, norms
 from .accumulate import Waiting
-from .agree import together
+from .agree import collective, together
 from .collectives import ProcessWire
 from .dtensors import as_dtensor, torch_placements
 from .executable import Executable
@@ -217,7 +217,7 @@ class ParallelModule(nn.Module):
         """The step's random seed: rank 0's torch generator decides, so that `torch.manual_seed` governs every mesh alike."""
         seed = torch.randint(0, 2**62, (), dtype=torch.int64).to(self._place.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast(seed, src=0)
+            collective("the random seed of the step", lambda: dist.broadcast(seed, src=0))
         return seed
 
     def _adopt(

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..ir.errors import AutoparError
+from .agree import collective
 
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
@@ -56,11 +57,11 @@ def reduced(x: Tensor, mesh: DeviceMesh, op: Any) -> Tensor:
     """x reduced over all devices of a mesh: in one collective where these are all processes, else axis by axis."""
     if mesh.size() == dist.get_world_size():
         if mesh.size() > 1:
-            dist.all_reduce(x, op=op)
+            collective("a norm over all devices", lambda: dist.all_reduce(x, op=op))
         return x
     for axis in range(mesh.ndim):
         if mesh.size(axis) > 1:
-            dist.all_reduce(x, op=op, group=mesh.get_group(axis))
+            collective(f"a norm over axis {axis}", lambda group=mesh.get_group(axis): dist.all_reduce(x, op=op, group=group))
     return x
 
 
