@@ -6,10 +6,10 @@ A tensor is read as one row, cut into blocks of `block` elements, the last one f
     fp8    scale s = a / 448,  q = x / s in float8_e4m3fn          |x - s q| <= max(|x| / 17, s / 1024)   <= a / 17
 
 (e4m3 has 3 bits of mantissa, u = 2^-4: relative rounding u / (1 + u) = 1 / 17; its least step is 2^-9, so that below the normal
-numbers half a step is 2^-10 s.) Both hold up to float32's own rounding of the quotient and the product, which `error_bound` adds as 2^-22 a. A block of zeros has scale 0
-and comes back as zeros. A block whose a is below 2^-100 is taken as zeros, since its quotients would not be exact; its error is a.
-An infinity, a nan or a number beyond 2^126 leaves no scale: its block comes back as nan, whole, so that an overflow is seen, by a loss
-scaler too, and nobody mistakes it for a number.
+numbers half a step is 2^-10 s.) Both hold up to float32's own rounding of the quotient and the product, which `error_bound` adds as
+2^-22 a. A block of zeros has scale 0 and comes back as zeros. A block whose a is below 2^-100 is taken as zeros, since its quotients
+would not be exact; its error is a. An infinity, a nan or a number beyond 2^126 leaves no scale: its block comes back as nan, whole, so
+that an overflow is seen, by a loss scaler too, and nobody mistakes it for a number.
 
 Sums of n quantised terms are taken in float32, in the order of the devices, the same on each:
 
