@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def reduced(x: Tensor, mesh: DeviceMesh, op: Any) -> Tensor:
         return x
     for axis in range(mesh.ndim):
         if mesh.size(axis) > 1:
-            collective(f"a norm over axis {axis}", lambda group=mesh.get_group(axis): dist.all_reduce(x, op=op, group=group))
+            collective(f"a norm over axis {axis}", functools.partial(dist.all_reduce, x, op=op, group=mesh.get_group(axis)))
     return x
 
 
