@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..health.watch import word
 from ..ir import errors
 from ..ir.errors import AutoparError, CheckpointError
 
 T = TypeVar("T")
+KNOWN_S = 2.0  # how long one waits for a word about who is gone
 OUTSIDE = {
     "ENOSPC": "free some space, or name a folder on another disk",
     "EDQUOT": "the quota is used up: free some space, or name another folder",
@@ -88,7 +90,7 @@ class Ranks:
 
     def _lost(self, doing: str, e: Exception) -> CheckpointError:
         return CheckpointError(
-            f"cannot {doing}: another process is gone or does not answer",
+            f"cannot {doing}: {word(KNOWN_S) or 'another process is gone or does not answer'}",
             where=f"rank {self.rank}",
             why=str(e).splitlines()[0][:200] if str(e) else type(e).__name__,
             try_="look at what the other processes said; start again from the newest checkpoint",

@@ -72,6 +72,12 @@ def explained(error: BaseException, collective: str, *, sure: bool = True) -> Ba
     return _now.explain(error, collective, sure)
 
 
+def word(wait_s: float) -> str:
+    """What is known about a rank in trouble, in words, waiting so long for it; for whoever talks to ranks over a group of its own."""
+    found = _now.cause(wait_s) if _now is not None else None
+    return "" if found is None else found.what + (f" ({found.why})" if found.why else "")
+
+
 class Watch:
     """Watches from one rank. Made in the thread that trains."""
 
