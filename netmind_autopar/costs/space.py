@@ -212,7 +212,8 @@ class Space:
         local = copied / device.memory_bandwidth_bytes_s + copies * device.launch_s
         if kind not in MESSAGES:
             return sent, np.maximum(local, LEAST_S), np.maximum(local, LEAST_S)
-        share = np.minimum(1.0, np.maximum(before, after) / BUCKET_BYTES)
+        # passes/bucket.py joins all-reduces alone: of everything else each pays all of its latency
+        share = np.minimum(1.0, np.maximum(before, after) / BUCKET_BYTES) if kind == "all_reduce" else np.ones(len(i))
         start = 0.0 if link.measured(kind) else START_LAUNCHES * device.launch_s
         whole = local + start + collective_seconds(kind, link, sent)
         bucketed = local + share * start + collective_seconds(kind, link, sent, latency_share=share)
