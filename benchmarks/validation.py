@@ -149,7 +149,8 @@ def show_local(found: dict[str, Any]) -> None:
         times = f"{r['predicted_ms']:>7.2f} ms {r['measured_ms']:>7.2f} ms {error:>+7.0%} {r['cpu_ms']:>7.2f} ms"
         print(f"{r['model']:<24} {r['plan']:<12} {times}")
     print(f"{found['pairs']} pairs, {found['failed']} failed, load average {found['load']:.1f}")
-    print(f"Kendall τ {found['kendall_tau']:.2f}, mean within models {found['kendall_tau_within_models']:.2f}")
+    sums = f"of the sum of all work {found['kendall_tau_of_sums']:.2f}"
+    print(f"Kendall τ {found['kendall_tau']:.2f}, mean within models {found['kendall_tau_within_models']:.2f}; {sums}")
     print(f"error: mean {found['mape_pct']:.0f}%, median {found['median_error_pct']:.0f}%")
     print(f"of CPU time: Kendall τ {found['kendall_tau_of_cpu_time']:.2f}, mean error {found['cpu_mape_pct']:.0f}%")
     for model, ratio in found["planner_over_fastest"].items():

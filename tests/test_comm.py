@@ -265,6 +265,14 @@ def test_bucketing_leaves_large_tensors_alone() -> None:
     assert conversions.seconds(*small, bucketed=True) < 0.01 * conversions.seconds(*small)
 
 
+def test_only_all_reduces_share_a_latency() -> None:
+    """Reduce-scatters of gradients are one message each: passes/bucket.py joins all-reduces alone."""
+    conversions = Conversions(mesh_of((4,)))
+    small = [parse_spec(f"f32[64] {p}") for p in ("P(sum)", "S(0)")]
+    assert [m.kind for m in conversions.path(*small)] == ["reduce_scatter"]
+    assert conversions.seconds(*small, bucketed=True) == conversions.seconds(*small)
+
+
 @pytest.mark.parametrize("sizes", [(2, 3), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("bucketed", [False, True])
 def test_matrix_is_seconds(sizes: tuple[int, ...], bucketed: bool) -> None:

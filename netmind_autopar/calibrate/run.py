@@ -32,7 +32,7 @@ Say = Callable[[str, float], None]  # what is being done, and which part of it i
 
 DEFAULT_S, LEAST_S, MOST_S = 90.0, 20.0, 120.0
 STARTING_S, FITTING_S = 8.0, 8.0  # about what starting the processes and fitting take
-BESIDE_S = 4.0  # measuring how much work runs beside collectives
+SHARES = (0.5, 0.44, 0.06)  # of the rest: ops, collectives, work beside collectives
 GRACE_S = 60.0  # beyond the time asked for, on a busy machine, before measuring is given up
 MOST_RANKS = 64
 POLL_S = 0.05
@@ -65,9 +65,8 @@ def make_task(ranks: int | None, seconds: float, seed: int) -> dict[str, Any]:
     if not 1 <= ranks <= most:
         raise InputError(f"{ranks} ranks to calibrate", why=f"this machine takes 1 to {most}", try_="leave --ranks out")
     groups = [g for g in (2, 4, 8, 16, 32) if g < ranks] + [ranks] * (ranks > 1)
-    beside = BESIDE_S * bool(groups)
-    work = seconds - STARTING_S - FITTING_S - beside
-    share = 0.5 if groups else 1.0
+    work = seconds - STARTING_S - FITTING_S
+    ops, meeting, beside = SHARES if groups else (1.0, 0.0, 0.0)
     return {
         "device": "cuda" if gpus else "cpu",
         "backend": "nccl" if gpus else "gloo",
@@ -76,9 +75,9 @@ def make_task(ranks: int | None, seconds: float, seed: int) -> dict[str, Any]:
         "threads": max(1, min(torch.get_num_threads(), cores // ranks)),
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpus else host_memory_bytes() // ranks,
         "seed": seed,
-        "ops_s": work * share,
-        "collectives_s": work * (1 - share),
-        "beside_s": beside,
+        "ops_s": work * ops,
+        "collectives_s": work * meeting,
+        "beside_s": work * beside,
         "deadline_s": seconds + GRACE_S,
     }
 

@@ -128,7 +128,7 @@ class Conversions:
     def seconds(self, a: Spec, b: Spec, *, bucketed: bool = False) -> float:
         """Seconds of the cheapest chain; 0 when the layouts are equal, inf when there is no chain.
 
-        bucketed: small reductions share one collective: each pays its part, bytes / 25 MiB, of the latency.
+        bucketed: small all-reduces share one collective: each pays its part, bytes / 25 MiB, of the latency.
         """
         if a == b:
             return 0.0

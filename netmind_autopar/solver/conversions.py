@@ -36,7 +36,7 @@ class Use(NamedTuple):
 class Needed:
     """One conversion: of output `index` of `producer`, from `source` to `target`, for `uses`.
 
-    is_gradient: the value is the gradient of a parameter or an input; such reductions travel in buckets and are priced so.
+    is_gradient: the value is the gradient of a parameter or an input; its all-reduces travel in buckets and are priced so.
     """
 
     producer: str
