@@ -24,15 +24,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netmind_autopar.kernels.fused import adamw, cross_entropy, dropout_add, gated, group_norm, language, norm_launch, rope, softmax
+from netmind_autopar.kernels.fused import (
+    adamw,
+    cross_entropy,
+    dropout_add,
+    gated,
+    group_norm,
+    lamb,
+    language,
+    norm_launch,
+    permute,
+    rope,
+    segments,
+    softmax,
+)
 from netmind_autopar.kernels.fused.launch import KERNELS, Config, Launch, recording
 
 TARGET = ("cuda", 90, 32)
 ROWS = 4096
 # one number a row; the label's logit; what a program reads or writes once: weights, angles, partial sums
 SINGLE = re.compile(
-    r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\(at_[cs]\b|tl\.load\((seed|scale)\)|\((dweight|dbias) \+ at|\((weight|bias) \+ first"
-    r"|\((mean|rstd) \+ row|dweight \+ row \* channels|dbias \+ row \* channels"
+    r"\+ row( \* t_row)?[,)]|tl\.where\(inside|\((weight|bias) \+ col|\(at_[cs]\b|tl\.load\((seed|scale)\)|\((dweight|dbias) \+ at"
+    r"|\((weight|bias) \+ first|\((mean|rstd) \+ row|tl\.load\((order|place|keys) \+|tl\.load\(rate\)|tl\.load\(weight \+ row"
+    r"|sums \+ row|dweight \+ row \* channels|dbias \+ row \* channels"
 )
 NAMES = {
     torch.bfloat16: "bf16",
@@ -79,6 +93,18 @@ def _group_norm(n: int, new: Made, backward: bool) -> None:
         group_norm.group_norm_silu(x, w, w, 32, 1e-5)
 
 
+def _lamb(n: int, new: Made, direction: bool, more: bool) -> None:
+    p, m, v = (new(ROWS * n, dtype=torch.float32) for _ in range(3))
+    if direction:
+        lamb.lamb_direction_(p, new(ROWS * n), m, v, new(dtype=torch.float32) if more else None, 0.9, 0.95, 1e-6, 0.1, 3)
+    else:
+        lamb.lamb_apply_(p, m, new(2, dtype=torch.float32), new(ROWS * n) if more else None, 1e-3)
+
+
+def _places(new: Made, count: int = ROWS) -> Tensor:
+    return new(count, dtype=torch.int64)
+
+
 def _labels(new: Made) -> Tensor:
     return new(ROWS, dtype=torch.int64)
 
@@ -98,6 +124,14 @@ CALLS: dict[str, dict[str, Callable[[int, Made], object]]] = {
     },
     "group_norm_silu.forward": {"": lambda n, new: _group_norm(n, new, False)},
     "group_norm_silu.backward": {"": lambda n, new: _group_norm(n, new, True)},
+    "lamb.direction": {label: lambda n, new, more=more: _lamb(n, new, True, more) for label, more in (("", False), ("scaled", True))},
+    "lamb.apply": {label: lambda n, new, more=more: _lamb(n, new, False, more) for label, more in (("", False), ("copy", True))},
+    "permute": {"": lambda n, new: permute.permute(new(ROWS, n), _places(new, 2 * ROWS), 2)},
+    "unpermute": {
+        "": lambda n, new: permute.unpermute(new(2 * ROWS, n), _places(new, 2 * ROWS), None, 2),
+        "weighted": lambda n, new: permute.unpermute(new(2 * ROWS, n), _places(new, 2 * ROWS), new(ROWS, 2), 2),
+    },
+    "embedding.sum": {"": lambda n, new: segments.segment_sum(new(ROWS, n), _places(new), 50304)},
     "rope": {
         label: lambda n, new, back=back, r=r: rope.rope(new(4, ROWS, 32, r * n).transpose(1, 2), new(ROWS, 2 * n), new(ROWS, 2 * n), back)
         for label, back, r in (("", False, 2), ("back", True, 2), ("partial", False, 4))

@@ -26,6 +26,15 @@ def fused() -> Iterator[Case]:
         yield "autopar.masked_softmax_backward.default", (F(m, 4, n, 5), x.softmax(-1), 0.5), {}
         for smoothing in (0.0, 0.1):
             yield "autopar.cross_entropy.default", (F(m, n), I(n, m), 2, smoothing), {}
+        for smoothing in (0.0, 0.1):
+            x, w, labels = F(m, 5), F(n, 5), I(n, m)
+            yield "autopar.linear_cross_entropy.default", (x, w, labels, 2, smoothing, 3), {}
+            _, lse = K.linear_cross_entropy(x, w, labels, 2, smoothing, 3)
+            yield "autopar.linear_cross_entropy_backward.default", (F(m), x, w, labels, lse, 1.0, 0.0, 2), {}
+        order = torch.randperm(2 * m)
+        yield "autopar.permute.default", (F(m, n), order, 2), {}
+        for weight in (None, F(m, 2)):
+            yield "autopar.unpermute.default", (F(2 * m, n), order, weight, 2), {}
         yield "autopar.vocab_stats.default", (F(m, n), I(3 * n, m), n, 3 * n, 2), {}
         yield "autopar.vocab_combine.default", (F(m, 3, n).exp(),), {}
 

@@ -123,7 +123,9 @@ def group_norm_case(shape: tuple[int, ...], groups: int, weight: bool = True, bi
     def eager(x: Tensor, weight: Any = None, bias: Any = None) -> tuple[Tensor, ...]:
         return (F.silu(F.group_norm(x, groups, weight, bias, 1e-5)),)
 
-    name = f"group_norm_silu {'x'.join(map(str, shape))} {groups} groups{' weight' * weight}{' bias' * bias} {more.get('layout', '')}".strip()
+    name = (
+        f"group_norm_silu {'x'.join(map(str, shape))} {groups} groups{' weight' * weight}{' bias' * bias} {more.get('layout', '')}".strip()
+    )
     return Case(name, make, ours, eager, ("x", *["weight"] * weight, *["bias"] * bias), **more)
 
 
@@ -215,6 +217,81 @@ def adamw_case(n: int, step: int, more: bool, **rest: Any) -> Case:
         return parameter.detach(), state["exp_avg"], state["exp_avg_sq"]
 
     return Case(f"adamw {n} step {step}{' scaled' if more else ''}", make, ours, eager, (), **rest)
+
+
+def lamb_case(n: int, step: int, more: bool, **rest: Any) -> Case:
+    """One step of `optim.LAMB`'s formulas; a parameter of zeros where n is 1, whose ratio is 1."""
+
+    def make() -> dict[str, Tensor]:
+        p = normal(n) if n > 1 else torch.zeros(n, dtype=torch.float64)
+        return {"p": p, "grad": normal(n), "m": normal(n, scale=0.1), "v": normal(n).square() * 0.1, "scale": torch.tensor(0.5)}
+
+    def ours(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        p, m, v, copy = p.clone(), m.clone(), v.clone(), torch.empty_like(p)
+        u, sums = ops.lamb_direction_(p, grad, m, v, scale if more else None, 0.9, 0.95, 1e-6, 0.1, step)
+        ops.lamb_apply_(p, u, sums, copy if more else None, 1e-2)
+        assert not more or torch.equal(copy, p)
+        return p, m, v
+
+    def eager(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        g = grad * scale if more else grad
+        m, v = m * 0.9 + g * (1 - 0.9), v * 0.95 + g * g * (1 - 0.95)
+        u = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-6) + p * 0.1
+        ratio = p.norm() / u.norm() if bool(p.norm() > 0) else 1.0
+        return p - u * (ratio * 1e-2), m, v
+
+    return Case(f"lamb {n} step {step}{' scaled' if more else ''}", make, ours, eager, (), **rest)
+
+
+def permute_case(rows: int, n: int, times: int, weighted: bool, **more: Any) -> Case:
+    """To the experts and back, and a square between, so that both gradients count."""
+    order = torch.randperm(rows * times, generator=torch.Generator().manual_seed(3))
+
+    def make() -> dict[str, Tensor]:
+        return {"x": normal(rows, n), **({"weight": normal(rows, times)} if weighted else {})}
+
+    def ours(x: Tensor, weight: Any = None) -> tuple[Tensor, ...]:
+        there = order.to(x.device)
+        return (ops.unpermute(ops.permute(x, there, times) * 2, torch.argsort(there), weight, times),)
+
+    def eager(x: Tensor, weight: Any = None) -> tuple[Tensor, ...]:
+        there = order.to(x.device)
+        back = (x[there // times] * 2)[torch.argsort(there)].view(rows, times, n)
+        return ((back if weight is None else back * weight.unsqueeze(-1)).sum(1),)
+
+    name = f"permute {rows}x{n} times {times}{' weighted' * weighted}{' ' + more['layout'] if 'layout' in more else ''}"
+    return Case(name, make, ours, eager, ("x", *["weight"] * weighted), **more)
+
+
+def embedding_case(rows: int, n: int, many: int, padding: int = -1, **more: Any) -> Case:
+    """Few of the table's rows, one of them often."""
+    index = torch.randint(0, rows, (many,), generator=torch.Generator().manual_seed(4))
+    index[: many // 2] = rows // 2
+
+    def ours(table: Tensor) -> tuple[Tensor, ...]:
+        return (ops.embedding(table, index.to(table.device), 0, padding),)
+
+    def eager(table: Tensor) -> tuple[Tensor, ...]:
+        return (F.embedding(index.to(table.device), table, padding if padding >= 0 else None),)
+
+    return Case(f"embedding {rows}x{n} of {many}", lambda: {"table": normal(rows, n)}, ours, eager, ("table",), **more)
+
+
+def linear_loss_case(rows: int, d: int, classes: int, chunk: int, smoothing: float = 0.0, **more: Any) -> Case:
+    target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(5))
+    target[0] = -100
+
+    def ours(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (ops.linear_cross_entropy(x, weight, target.to(x.device), -100, smoothing, chunk)[0].to(x.dtype),)
+
+    def eager(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (F.cross_entropy(x @ weight.T, target.to(x.device), reduction="none", label_smoothing=smoothing),)
+
+    def make() -> dict[str, Tensor]:
+        return {"x": normal(rows, d), "weight": normal(classes, d, scale=0.3)}
+
+    name = f"linear_cross_entropy {rows}x{d}x{classes} by {chunk}, smoothing {smoothing}"
+    return Case(name, make, ours, eager, ("x", "weight"), **more)
 
 
 def softmax_case(shape: tuple[int, ...], mask: tuple[int, ...] | None, truth: bool = False, **more: Any) -> Case:
@@ -360,6 +437,16 @@ def cases() -> Iterator[Case]:
     yield adamw_case(1500, 3, True, **quick, kernels=frozenset({"adamw"}))
     yield adamw_case(1024, 1, False)
     yield adamw_case(1, 1000, True)
+    yield lamb_case(1500, 3, True, **quick, kernels=frozenset({"lamb.direction", "lamb.apply"}))
+    yield lamb_case(5000, 1, False)
+    yield lamb_case(1, 1000, True)
+    yield permute_case(6, 33, 2, True, **quick, kernels=frozenset({"permute", "unpermute"}))
+    yield permute_case(5, 1100, 3, False, layout="gaps")
+    yield permute_case(9, 64, 1, True, layout="apart")
+    yield embedding_case(11, 33, 24, **quick, kernels=frozenset({"embedding.sum"}))
+    yield embedding_case(40, 600, 30, 20)
+    yield linear_loss_case(13, 24, 301, 4, **quick, kernels=frozenset({"cross_entropy.forward", "cross_entropy.backward"}))
+    yield linear_loss_case(9, 40, 77, 100, 0.1)
     yield dropout_case(7, 33, 0.3, **quick, kernels=frozenset({"dropout_add"}))
     for layout in ("dense", "gaps", "apart"):
         yield dropout_case(9, 1200, 0.1, layout=layout)

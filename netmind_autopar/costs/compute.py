@@ -67,7 +67,8 @@ CPU = {
 }
 
 CLASSES = {
-    "matmul": "mm addmm bmm baddbmm mv addmv dot linear _grouped_mm grouped_mm grouped_mm_backward "
+    "matmul": "linear_cross_entropy linear_cross_entropy_backward "
+    "mm addmm bmm baddbmm mv addmv dot linear _grouped_mm grouped_mm grouped_mm_backward "
     "lstm lstm_backward gru gru_backward rnn rnn_backward",
     "convolution": "convolution convolution_backward",
     "attention": "attention attention_backward",
@@ -81,7 +82,8 @@ CLASSES = {
     "masked_softmax_backward",
     "scattered": "embedding embedding_backward embedding_dense_backward index index_select index_put gather scatter scatter_add index_add "
     "nll_loss nll_loss_backward nll_loss_forward pick max_pool2d_with_indices_backward select_backward slice_backward "
-    "slice_scatter select_scatter upsample_nearest2d _embedding_bag embedding_bag embedding_bag_backward take searchsorted",
+    "slice_scatter select_scatter upsample_nearest2d _embedding_bag embedding_bag embedding_bag_backward take searchsorted "
+    "permute unpermute",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 
@@ -158,6 +160,11 @@ def _linear(node: fx.Node) -> float:
     return 2.0 * math.prod(_shape(node, 0)) * _shape(node, 1)[0]
 
 
+def _projected_back(node: fx.Node) -> float:
+    """The logits again, the gradient of rows and that of the weight."""
+    return 6.0 * math.prod(_shape(node, 1)) * _shape(node, 2)[0]
+
+
 def _grouped(node: fx.Node) -> float:
     """Every row meets one matrix: 2 · rows · inner · columns, forward and backward."""
     return 2.0 * math.prod(_shape(node, 0)) * _shape(node, 1)[-1]
@@ -210,6 +217,8 @@ _FLOPS: dict[str, Callable[[fx.Node], float]] = {
     "baddbmm": _matmul(1),
     "addmv": _matmul(1),
     "linear": _linear,
+    "linear_cross_entropy": _linear,
+    "linear_cross_entropy_backward": _projected_back,
     "convolution": _convolution_forward,
     "convolution_backward": _convolution_backward,
     "attention": _attention(0, 1.0),

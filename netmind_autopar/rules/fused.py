@@ -21,6 +21,10 @@ ROWS = {
     "autopar.masked_softmax_backward.default": "*... t!, ... t! -> ... t!",
     "autopar.dropout_add.default": "..., ..., -> ... | parts=parts starts=starts lengths=lengths",
     "autopar.cross_entropy.default": "n c!, n -> n, n",
+    "autopar.linear_cross_entropy.default": "n d!, c! d!, n -> n, n",
+    "autopar.linear_cross_entropy_backward.default": "n, n d!, c! d!, n, n -> n d!, c! d!",
+    "autopar.permute.default": "t! n, m! -> m! n",
+    "autopar.unpermute.default": "unpermute",
     "autopar.vocab_stats.default": "n c!, n -> 1 t! n",
     "autopar.vocab_combine.default": "k! t! n -> n, n",
 }
@@ -98,6 +102,15 @@ def masked_softmax(call: Call) -> Rule:
     sketch = Sketch(call)
     full = sketch.dims(call["x"].shape, [-1])
     return sketch.rule([aligned(t.shape, full, call["x"].shape) for t in call.tensors], [full])
+
+
+def unpermute(call: Call) -> Rule:
+    """Copies may come from any row: only columns split. Linear in y."""
+    sketch = Sketch(call)
+    m, t = (sketch.letter(n, fixed=True) for n in (call["y"].shape[0], (call.results[0] or (0,))[0]))
+    n = sketch.letter(call["y"].shape[1])
+    weight = [[t, sketch.letter(call["times"], fixed=True)]] if call["weight"] is not None else []
+    return sketch.rule([[m, n], [m], *weight], [[t, n]], ["*", *["_"] * (1 + len(weight))])
 
 
 def _given(call: Call) -> list[tuple[str, torch.Tensor]]:
