@@ -62,6 +62,9 @@ def test_one_that_does_not_come_is_named_with_its_line_and_the_collective() -> N
     assert isinstance(error, StalledRankError) and error.rank == 2 and "timeout_s" in error.try_
     every = judge([Seen(r, said("abc", GATHER), still_s=31) for r in range(2)], 30)
     assert every is not None and every.kind == "stalled" and "nothing arrives" in every.why
+    save = "a checkpoint: collect what is saved"
+    apart = judge([Seen(0, said("abc", save), still_s=31), Seen(1, said("abcd", "d"), still_s=31)], 30)
+    assert apart is not None and (apart.kind, apart.rank) == ("diverged", 1) and save in apart.what
     late = judge([waits[0], Seen(1, said("ab", busy="planning"), still_s=BUSY_S + 1)], 30)
     assert late is not None and late.rank == 1  # work of which one knows must end some time too
 

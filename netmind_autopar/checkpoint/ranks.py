@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..health.progress import HERE
 from ..health.watch import word
 from ..ir import errors
 from ..ir.errors import AutoparError, CheckpointError
@@ -82,10 +84,16 @@ class Ranks:
         if self.group is None:
             return [mine]
         found: list[Any] = [None] * self.size
+        trains = threading.current_thread() is threading.main_thread()  # the thread that saves is not what others wait for
         try:
+            if trains:
+                HERE.waiting = f"a checkpoint: {doing}"
             dist.all_gather_object(found, mine, group=self.group)
         except (RuntimeError, ValueError) as e:  # ValueError: the process group is gone
             raise self._lost(doing, e) from None
+        finally:
+            if trains:
+                HERE.waiting = ""
         return found
 
     def _lost(self, doing: str, e: Exception) -> CheckpointError:

@@ -151,6 +151,11 @@ def _diverged(ranks: Sequence[Seen]) -> Verdict | None:
     return None
 
 
+def _counted(s: Seen) -> bool:
+    """Whether it waits in a collective that was counted when it was entered; those of the program's own and of checkpoints are not."""
+    return any(name == s.waiting for _, _, name in s.said.get("recent", ()))
+
+
 def _stalled(ranks: Sequence[Seen], timeout_s: float) -> Verdict | None:
     runs = [s for s in ranks if not s.left]
     waiting = [s for s in runs if s.waiting]
@@ -166,14 +171,16 @@ def _stalled(ranks: Sequence[Seen], timeout_s: float) -> Verdict | None:
         where = f"rank {s.rank} is at {s.said['where']}" if s.said.get("where") else ""
         return Verdict("stalled", s.rank, what, where, f"{len(waiting)} of {len(runs)} ranks wait for it", collective)
     if len(waiting) == len(runs) and min(s.still_s for s in runs) > timeout_s:
-        s = min(runs, key=lambda s: s.said.get("count", 0))
-        names = {o.waiting for o in runs}
         if any(o.said.get("ahead") for o in runs) and len({o.said.get("count") for o in runs}) == 1:
             return None  # all may be elsewhere, such as reading data
-        apart = next((o for o in runs if o.waiting != s.waiting and o.said.get("count") == s.said.get("count")), None)
-        if apart is not None:
-            what = f"rank {apart.rank} waits in {apart.collective}, rank {s.rank} in {s.collective}"
-            return Verdict("diverged", apart.rank, what, apart.said.get("where", ""), "no rank can come to the other's", s.collective)
+        names = Counter(o.waiting for o in runs)
+        s = min(runs, key=lambda s: s.said.get("count", 0))
+        if len(names) > 1 and not all(_counted(o) for o in runs):  # of the counted ones `_diverged` knows the order
+            usual = names.most_common(1)[0][0]
+            odd, other = next(o for o in reversed(runs) if o.waiting != usual), next(o for o in runs if o.waiting == usual)
+            what = f"rank {odd.rank} waits in {odd.collective}, rank {other.rank} in {other.collective}"
+            where = "; ".join(f"rank {o.rank} at {o.said['where']}" for o in (odd, other) if o.said.get("where"))
+            return Verdict("diverged", odd.rank, what, where, "neither can come to the other's", other.collective)
         why = "every rank waits in it, and nothing arrives" if len(names) == 1 else "every rank waits, and this one is behind"
         return Verdict("stalled", s.rank, f"rank {s.rank} does not get out of {s.collective}", s.said.get("where", ""), why, s.collective)
     return None

@@ -154,6 +154,7 @@ class Watch:
 
     def _cause(self, collective: str) -> Verdict | None:
         """What this rank itself can find out about a broken connection."""
+        during = f" while others are in {collective}" if collective else ""
         with suppress(Exception):
             known = self._mine.verdict()
             if known is not None:
@@ -161,18 +162,18 @@ class Watch:
             ranks = self._mine.look(list(range(self.size)))
             for s in ranks:
                 if s.left and s.rank != self.rank:
-                    what = f"rank {s.rank} ended while others are in {collective}"
+                    what = f"rank {s.rank} ended{during}"
                     return Verdict("lost", s.rank, what, s.said.get("where", ""), "its program was over", collective)
         for rank in self._mine.gone():
             found = lost(rank, [s for s in self._mine.seen() if s.rank == rank], "its process is gone")
-            return Verdict(found.kind, rank, f"rank {rank} died while others are in {collective}", found.where, found.why, collective)
+            return Verdict(found.kind, rank, f"rank {rank} died{during}", found.where, found.why, collective)
         return None
 
     def cause(self, wait_s: float) -> Verdict | None:
         """Why this process might be told to end: what is wrong with another rank, if that comes out within `wait_s`."""
         until = time.monotonic() + wait_s
         while True:
-            found = self.verdict or self._cause(HERE.waiting or "no collective")
+            found = self.verdict or self._cause(HERE.waiting)
             if found is not None or time.monotonic() > until:
                 return found
             time.sleep(0.05)
