@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import warnings
@@ -46,6 +47,7 @@ from .solver.recipes import Baseline
 from .tracer.capture import capture
 from .tracer.fusion import fused_rows
 from .tracer.hash import graph_hash
+from .tracer.inductor import compiler_for
 from .tracer.torch_private import peak_of
 
 Progress = Callable[[str], None]
@@ -139,6 +141,7 @@ def autoparallelize(
     fuse: bool | Literal["auto"] = "auto",
     strict: bool = False,
     strict_shapes: bool = False,
+    compile: bool = False,
     weights: str | os.PathLike[str] | None = None,
     init: Callable[[nn.Module], object] | None = None,
     timeout_s: float | None = 30.0,
@@ -148,6 +151,7 @@ def autoparallelize(
 
     plan: run this plan instead of searching one. outputs="global" gathers every output at once. strict_shapes: refuse calls of another
     shape or mode, which are planned when they are first seen otherwise (docs/training.md).
+    compile: Inductor compiles what stands between two collectives, on first use (docs/execution.md).
     weights: a folder or file of safetensors, of which every rank reads its own slices. init: called with every module of a model on the
     meta device; without either such a model is initialised by its own `_init_weights` or `reset_parameters` (docs/checkpoints.md).
     timeout_s: how long ranks wait in a collective for one that does not come, before all end with an error that names it; None: nobody
@@ -161,14 +165,14 @@ def autoparallelize(
     mesh = make_mesh(torch_mesh, cluster or default_cluster())
     tracing = {"fuse": plan.fuse if plan else fusing(fuse, mesh)}
     tracing["precision"] = agreed(precision, plan.precision) if plan else Precision.of(precision)  # type: ignore[assignment]
-    alike = _Alike(mesh, outputs, differentiable, tracing, options)
+    compiler = compiler_for(torch_mesh.device_type) if compile else None
+    alike = _Alike(mesh, outputs, differentiable, tracing, options, compiler is not None)
     program = alike.capture(model, sample_inputs, mode, differentiable)
     found = alike.decide(program, plan, pins=pins, forbid=forbid, baseline=baseline, micro_batches=micro_batches)
     executable = alike.compile(program, found, model.training)
     later = None if strict_shapes else planner(model, alike.capture, alike.decide, alike.compile)
-    pm = ParallelModule(
-        executable, model, found, torch_mesh, gather_outputs=outputs == "global", weights=weights, init=init, planner=later, peak_of=peak_of
-    )
+    made: dict[str, Any] = {"gather_outputs": outputs == "global", "weights": weights, "init": init, "planner": later}
+    pm = ParallelModule(executable, model, found, torch_mesh, **made, peak_of=peak_of, compiler=compiler)
     compare_every(pm, check_every)
     return pm
 
@@ -182,6 +186,7 @@ class _Alike:
     differentiable: Sequence[str] | None
     tracing: Mapping[str, Any]
     options: Mapping[str, Any]
+    regions: bool = False
 
     def capture(self, model: nn.Module, sample_inputs: Any, mode: str, differentiable: Sequence[str] | None = None) -> Program:
         wanted = differentiable if mode == "inference" else self.differentiable
@@ -208,21 +213,22 @@ class _Alike:
 
     def compile(self, program: Program, found: Plan, training: bool) -> Executable:
         all_alike("the plan", found.hash(), why="all ranks must run one plan", try_="pass the same plan on every rank")
-        return together(lambda: compile_plan(program, found, training=training), "emission")  # type: ignore[return-value]
+        made = functools.partial(compile_plan, program, found, training=training, regions=self.regions)
+        return together(made, "emission")  # type: ignore[return-value]
 
 
-def compile_plan(program: Program, plan: Plan, *, training: bool) -> Executable:
-    """Lower and emit. Raises PlanError when the plan was made for another program."""
+def compile_plan(program: Program, plan: Plan, *, training: bool, regions: bool = False) -> Executable:
+    """Lower and emit, with regions for a compiler. Raises PlanError when the plan was made for another program."""
     lowered = lower_plan(program, plan)
-    source = emit(lowered, plan, inference=program.mode == "inference")
+    source = emit(lowered, plan, inference=program.mode == "inference", regions=regions)
     flags.debug(4, source)
     flags.dump("lowered.txt", lambda: str(lowered.graph))
     flags.dump("emitted.py", lambda: source)
 
     def variant(kind: Variant) -> str:
         if kind == "inference":
-            return emit(lowered, plan, inference=True)
-        return emit(lower(program, bind_program(program), plan, kind), plan, gradients=kind)
+            return emit(lowered, plan, inference=True, regions=regions)
+        return emit(lower(program, bind_program(program), plan, kind), plan, gradients=kind, regions=regions)
 
     state, stays = parked_parameters(program, plan)
     return Executable.of(lowered, source, variant, training=training, parked=state, stowed=stays)

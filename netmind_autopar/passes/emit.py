@@ -29,19 +29,27 @@ from ..runtime.collectives import BUCKETS, MOVES, STARTS, wait
 from ..runtime.offload import MARKS, fetch, offload, release
 from .defer import FINISH, waits
 from .pipeline import Gradients
+from .regions import Region, split_regions
 
 HEADER = '''"""Emitted by netmind-autopar. Mesh {mesh}, plan {plan}, graph {graph}. One file for every rank."""
 
-from types import SimpleNamespace
+{types}import torch
 
-import torch
-
-from netmind_autopar.kernels import DIRECT{tiers}
+{kernels}{tiers}
 
 aten = torch.ops.aten
-autopar = SimpleNamespace(**{{str(op).split(".")[1]: call for op, call in DIRECT.items()}})
+autopar = {autopar}
 inf, nan = float("inf"), float("nan")
 '''
+# Ops of our own: called as the plain functions they are, for nothing here needs the dispatcher; as ops where a compiler reads along.
+_KERNELS = {
+    False: {
+        "types": "from types import SimpleNamespace\n\n",
+        "kernels": "from netmind_autopar.kernels import DIRECT",
+        "autopar": 'SimpleNamespace(**{str(op).split(".")[1]: call for op, call in DIRECT.items()})',
+    },
+    True: {"types": "", "kernels": "import netmind_autopar.kernels", "autopar": "torch.ops.autopar"},
+}
 
 
 @dataclass
@@ -51,6 +59,7 @@ class _Writer:
     axes: tuple[str, ...]
     constants: dict[str, str] = field(default_factory=dict)  # expression → name
     count: dict[str, int] = field(default_factory=dict)
+    regions: list[str] | None = None  # functions that a compiler may compile; None: none are made
 
     def bind(self, stem: str, expression: str) -> str:
         if expression not in self.constants:
@@ -60,9 +69,12 @@ class _Writer:
         return self.constants[expression]
 
 
-def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gradients = "whole") -> str:
-    """Source text of one lowered program. With `inference`, forward alone, saving nothing. gradients: as it was lowered with."""
-    writer = _Writer(plan.axis_names)
+def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gradients = "whole", regions: bool = False) -> str:
+    """Source text of one lowered program. With `inference`, forward alone, saving nothing. gradients: as it was lowered with.
+
+    regions: what stands between two collectives is a function of its own, for a compiler (passes/regions.py).
+    """
+    writer = _Writer(plan.axis_names, regions=[] if regions else None)
     forward, backward = split_phases(program)
     if inference:  # nothing waits for a backward
         forward = [n for n in forward if n.target not in (offload, release)]
@@ -87,7 +99,7 @@ def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gr
         else ""
     )
     mesh = ",".join(f"{a.name}={a.size}" for a in plan.mesh)
-    head = HEADER.format(mesh=mesh, plan=plan.hash(), graph=plan.graph_hash, tiers=tiers)
+    head = HEADER.format(mesh=mesh, plan=plan.hash(), graph=plan.graph_hash, tiers=tiers, **_KERNELS[regions])
     bound = [f"    {name} = {expression}" for expression, name in writer.constants.items()]
     return "\n".join(
         [
@@ -98,6 +110,7 @@ def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gr
             "    device = place.device",
             *bound,
             "",
+            *(writer.regions or ()),
             *parts,
             f"    return {names}",
             "",
@@ -230,30 +243,75 @@ def _body(
     given: Sequence[fx.Node],
     after: Mapping[fx.Node, str] = MappingProxyType({}),
 ) -> list[str]:
-    """One line per op, one `del` after the last use of each name. after: a line more behind that of an op."""
-    inside, last = set(body), {}
-    for node in body:
-        for arg in tensor_args(node):
-            last[arg] = node
+    """One line per op, or a few per region. after: a line more behind that of an op, or of its region."""
+    if writer.regions is None:
+        return _lines([_Item(n, (n,)) for n in body], kept, writer, program, given, after)
+    places = split_regions(body, {*kept, *after})
+    items = [_Item(p, p.gives, p.takes) if isinstance(p, Region) else _Item(p, (p,)) for p in places]
+    return _lines(items, kept, writer, program, given, after)
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """An op, or a region: what it makes, and (of a region) what it takes."""
+
+    what: fx.Node | Region
+    makes: tuple[fx.Node, ...]
+    takes: tuple[fx.Node, ...] = ()
+
+    @property
+    def arguments(self) -> Sequence[fx.Node]:
+        return tensor_args(self.what) if isinstance(self.what, fx.Node) else self.takes
+
+
+def _lines(
+    items: Sequence[_Item],
+    kept: Sequence[fx.Node],
+    writer: _Writer,
+    program: Program,
+    given: Sequence[fx.Node],
+    after: Mapping[fx.Node, str],
+) -> list[str]:
+    """The lines of every item, one `del` after the last use of each name."""
+    inside, last = {n for item in items for n in item.makes}, {}
+    for item in items:
+        for arg in item.arguments:
+            last[arg] = item
     keep = set(kept)
-    free: dict[fx.Node, list[str]] = {}
+    free: dict[_Item, list[fx.Node]] = {}
     for value, user in last.items():
         if value not in keep and (value in inside or value in given):
-            free.setdefault(user, []).append(value.name)
+            free.setdefault(user, []).append(value)
     lines: list[str] = []
     module = None
-    for node in body:
-        if (node.meta.get("module") or "") != module:
-            module = node.meta.get("module") or ""
-            lines.append(f"        # {module or 'model'}")
-        dead = free.get(node, [])
-        if node not in last and node not in keep:
-            dead = [*dead, node.name]
-        lines.append(f"        {node.name} = {_call(node, writer)}{_comment(node, program)}")
-        lines += [after[node]] if node in after else []
+    for item in items:
+        dead = free.get(item, [])
+        if isinstance(item.what, Region):
+            lines += _call_of_region(item.what, dead, writer, program)
+            dead, module = [], None
+        else:
+            if (item.what.meta.get("module") or "") != module:
+                module = item.what.meta.get("module") or ""
+                lines.append(f"        # {module or 'model'}")
+            lines.append(f"        {item.what.name} = {_call(item.what, writer)}{_comment(item.what, program)}")
+        lines += [after[n] for n in item.makes if n in after]
+        dead = [n.name for n in (*dead, *item.makes) if n in dead or (n not in last and n not in keep)]
         if dead:
             lines.append(f"        del {', '.join(dead)}")
     return lines
+
+
+def _call_of_region(region: Region, dead: Sequence[fx.Node], writer: _Writer, program: Program) -> list[str]:
+    """Writes the region as a function, and returns the lines that call it with a list, so that what is `dead` then is freed inside."""
+    assert writer.regions is not None
+    name = f"region_{len(writer.regions)}"
+    lines = [f"    def {name}(args):", *([f"        ({_tuple(region.takes)}) = args", "        args.clear()"] if region.takes else [])]
+    lines += _lines([_Item(n, (n,)) for n in region.nodes], region.gives, writer, program, region.takes, {})
+    lines += [f"        return ({_tuple(region.gives)})", "", f"    {name} = place.region({name}, {region.ops})", ""]
+    writer.regions.append("\n".join(lines))
+    call = [f"        args = [{', '.join(n.name for n in region.takes)}]"]
+    call += [f"        del {', '.join(n.name for n in dead)}"] * bool(dead)
+    return [*call, f"        {_tuple(region.gives)} = {name}(args)".replace("         = ", "        ")]
 
 
 def _comment(node: fx.Node, program: Program) -> str:

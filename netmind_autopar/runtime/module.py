@@ -24,6 +24,7 @@ from . import data, infer, memory, norms
 from .accumulate import Waiting
 from .agree import collective, together
 from .collectives import ProcessWire
+from .compiled import CompiledRegion, Compiler, Regions
 from .dtensors import as_dtensor, torch_placements
 from .executable import Executable
 from .export import configuration, save_pretrained
@@ -54,6 +55,7 @@ class ParallelModule(nn.Module):
         peak_of: memory.PeakOf | None = None,
         weights: Any = None,
         init: Init | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         super().__init__()
         self._executable, self._plan, self._mesh, self._gather = executable, plan, device_mesh, gather_outputs
@@ -61,7 +63,8 @@ class ParallelModule(nn.Module):
         groups = [device_mesh.get_group(axis).group_name for axis in range(len(sizes))]
         device = _device(device_mesh)
         self._wire = ProcessWire(groups, sizes, coord)
-        self._place = Place(plan.axis_names, sizes, coord, device, self._wire, executable.constants)
+        self._regions = Regions(compiler) if compiler else None
+        self._place = self._placed(executable, plan, sizes, coord, device)
         self._waiting, self._peak_of = Waiting(), peak_of
         self._adopt(model, sizes, coord, device, weights, init)
         self._config = configuration(model)
@@ -87,10 +90,18 @@ class ParallelModule(nn.Module):
 
     def _bind(self, executable: Executable, plan: Plan) -> Graph:
         """Another graph, or the first, on this device."""
-        place = Place(plan.axis_names, self._place.sizes, self._place.coord, self._place.device, self._wire, executable.constants)
+        place = self._placed(executable, plan, self._place.sizes, self._place.coord, self._place.device)
         graph = Graph(executable, plan, self._mesh, place)
         graph.place_parameters(self.get_parameter)
         return graph
+
+    def _placed(self, executable: Executable, plan: Plan, sizes: tuple[int, ...], coord: tuple[int, ...], device: torch.device) -> Place:
+        return Place(plan.axis_names, sizes, coord, device, self._wire, executable.constants, regions=self._regions)
+
+    @property
+    def compiled(self) -> tuple[CompiledRegion, ...]:
+        """With compile=True what became of every region of the emitted functions that were needed so far; else nothing."""
+        return tuple(self._regions.rows) if self._regions else ()
 
     @property
     def plan(self) -> Plan:

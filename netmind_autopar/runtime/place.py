@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ir.local import ONE, Local
 from ..ir.spec import local_shape, parse_spec
 from .collectives import LOCAL_KINDS, Collective, Wire, bucket_stage, stage
+from .compiled import Regions
 
 
 class Place:
@@ -27,9 +28,10 @@ class Place:
         wire: Wire,
         constants: Mapping[str, Tensor],
         turn: tuple[int, int] = ONE,
+        regions: Regions | None = None,
     ) -> None:
         self.axes, self.sizes, self.coord, self.device, self.wire = tuple(axes), sizes, coord, device, wire
-        self.turn = turn
+        self.turn, self.regions = turn, regions
         self._constants = {name: t.to(device) for name, t in constants.items()}
 
     def move(self, kind: str, axis: str, before: str, after: str) -> Callable[[Tensor], Tensor]:
@@ -53,7 +55,12 @@ class Place:
 
     def turns(self, count: int) -> list[Place]:
         """This device's place in each of `count` micro-batches."""
-        return [Place(self.axes, self.sizes, self.coord, self.device, self.wire, self._constants, (count, t)) for t in range(count)]
+        shared = (self.axes, self.sizes, self.coord, self.device, self.wire, self._constants)
+        return [Place(*shared, (count, t), self.regions) for t in range(count)]
+
+    def region(self, function: Callable[[list[Tensor]], Any], ops: int) -> Callable[[list[Tensor]], Any]:
+        """A function of a list of tensors, which it empties: compiled where there is a compiler."""
+        return self.regions.region(function, ops) if self.regions else function
 
     def constant(self, name: str) -> Tensor:
         """A constant tensor of the captured model."""

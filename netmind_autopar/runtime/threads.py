@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import GraphError
+from ..ir.local import ONE
 from ..ir.mesh import coordinates
 from ..ir.program import Program
 from .collectives import Stage, exchanged, groups_along
+from .compiled import Regions
 from .place import Place, load
 from .turns import Turns
 
@@ -90,7 +92,12 @@ class ThreadWire:
 
 
 def run(
-    source: str, program: Program, axes: Sequence[str], sizes: tuple[int, ...], inputs: Mapping[str, Sequence[Tensor]]
+    source: str,
+    program: Program,
+    axes: Sequence[str],
+    sizes: tuple[int, ...],
+    inputs: Mapping[str, Sequence[Tensor]],
+    regions: Regions | None = None,
 ) -> list[list[Tensor]]:
     """Run the emitted file of a lowered program on every rank; as `simulate.run`, which runs the program.
 
@@ -100,7 +107,8 @@ def run(
 
     def work(rank: int, coord: tuple[int, ...]) -> None:
         try:
-            place = Place(axes, sizes, coord, torch.device("cpu"), ThreadWire(meeting, coord, rank), program.constants)
+            wire = ThreadWire(meeting, coord, rank)
+            place = Place(axes, sizes, coord, torch.device("cpu"), wire, program.constants, ONE, regions)
             with torch.no_grad():
                 results[rank] = _step(source, program, place, {name: tensors[rank] for name, tensors in inputs.items()})
         except _Elsewhere:
