@@ -272,6 +272,7 @@ BIG = ("unet2d_condition", "unet2d_pixels", "mixtral_grouped")
 @pytest.mark.parametrize(("name", "dtype"), [
     pytest.param(n, d, marks=pytest.mark.slow if n in BIG or (d == torch.bfloat16 and n != "llama") else (), id=f"{n}-{str(d)[6:]}")
     for n in MODELS for d in (torch.float32, torch.bfloat16)
+    if (n, d) != ("mixtral_grouped", torch.bfloat16)  # torch's grouped_mm refuses rows of 20 bytes
 ])  # fmt: skip
 def test_sites_of_whole_models(name: str, dtype: torch.dtype) -> None:
     """At least 95% of the eligible sites. A DLRM has none: its norms, gates and dropouts are none."""
