@@ -71,7 +71,7 @@ def run_worker(task: dict[str, Any]) -> None:
             strike(fault, notes)
 
     try:
-        train(folder / "checkpoints", task["steps"], every=EVERY, timeout_s=task["timeout_s"], told=told)
+        train(folder / "checkpoints", task["steps"], every=EVERY, stop=task["stop"], timeout_s=task["timeout_s"], told=told)
         notes.add(done=True)
     except AutoparError as e:
         named = re.search(r"rank (\d+) (died|ended|did not|runs|failed|was told)", str(e))
@@ -161,11 +161,11 @@ def die_at(call: int, notes: Notes) -> None:
 REAL = {name: getattr(os, name) for name in CALLS}
 
 
-def launched(folder: Path, faults: list[str], *, world: int = 2, seed: int = 1, steps: int = STEPS, timeout_s: float = 30.0) -> int:
+def launched(folder: Path, faults: list[str], *, world: int = 2, seed: int = 1, steps: int = STEPS, stop: int | None = None) -> int:
     """One torchrun of as many lives as there are faults, and one more. Its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     task = folder / "task.json"
-    task.write_text(json.dumps({"folder": str(folder), "faults": faults, "seed": seed, "steps": steps, "timeout_s": timeout_s}))
+    task.write_text(json.dumps({"folder": str(folder), "faults": faults, "seed": seed, "steps": steps, "stop": stop, "timeout_s": 30.0}))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     command = [*torchrun, "--max-restarts", str(len(faults)), __file__, "--worker", str(task)]
     with (folder / "log").open("ab") as log:
@@ -237,9 +237,8 @@ def faults(folder: Path) -> Iterator[Row]:
 def elastic(folder: Path) -> Iterator[Row]:
     launched(folder / "two", [], steps=24)
     want, _ = losses(folder / "two")
-    launched(folder / "changing", [], steps=8)
-    for world, steps in ((1, 16), (3, 24)):
-        launched(folder / "changing", [], world=world, steps=24 if world == 3 else steps)
+    for world, stop in ((2, 8), (1, 16), (3, 24)):
+        launched(folder / "changing", [], world=world, steps=24, stop=stop)
     have, _ = losses(folder / "changing")
     worlds = [n["world"] for n in Notes.read(folder / "changing", 0) if "loaded" in n]
     error = max((abs(float.fromhex(have[s]) / float.fromhex(x) - 1) for s, x in want.items() if s in have and s < 8), default=9.0)

@@ -52,8 +52,13 @@ class Data:
 Told = Callable[[str, int, float], None]
 
 
-def train(folder: Path, steps: int, *, every: int = 5, timeout_s: float = 30.0, told: Told = lambda *_: None) -> None:
-    """One life of the program. told: hears ("loaded", step, 0), ("step", number, loss) and ("save", step, 0) before each save."""
+def train(
+    folder: Path, steps: int, *, every: int = 5, stop: int | None = None, timeout_s: float = 30.0, told: Told = lambda *_: None
+) -> None:
+    """One life of the program. stop: end after that step, as if the machines had been taken away.
+
+    told: hears ("loaded", step, 0), ("step", number, loss) and ("save", step, 0) before each save.
+    """
     torch.manual_seed(0)
     mesh = f"dp={os.environ['WORLD_SIZE']}"  # a mesh given as text starts the process group too
     pm = autoparallelize(Net(), torch.zeros(BATCH, WIDTH), mesh, timeout_s=timeout_s)
@@ -65,7 +70,7 @@ def train(folder: Path, steps: int, *, every: int = 5, timeout_s: float = 30.0, 
         found = checkpoints.load_latest(**parts)
         start = found.step if found else 0
         told("loaded", start, 0.0)
-        for step in range(start, steps):
+        for step in range(start, steps if stop is None else min(steps, stop)):
             loss = pm(data.next())
             loss.backward()
             optimizer.step()
