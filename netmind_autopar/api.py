@@ -96,7 +96,7 @@ def plan(
     None. offload: activations, parameters and optimizer state may wait in host memory
     or on disk (docs/offload.md).
     overlap: collectives travel beside compute, and the plan with the shortest timeline is taken (docs/timeline.md); False runs each where
-    it is needed, and the sum counts. fuse: fused ops in the places of what they compute (docs/fusion.md); "auto": on accelerators.
+    it is needed, and the sum counts. fuse: fused ops in the places of what they compute (docs/fusion.md); "auto": where they were timed.
     random_costs: a seed; prices are then drawn, which makes plans odd but no less exact. strict: an op without a rule is an error.
     timeline: simulate the step on the lowered program, op by op, instead of sketching it for `Plan.cost.timeline_s`.
     Raises errors from `netmind_autopar.ir.errors`, InfeasibleError among them when nothing fits.
@@ -105,7 +105,7 @@ def plan(
     start = time.process_time()
     where = mesh_or_devices(mesh, devices, cluster)
     say("capturing the model")
-    tracing = {"mode": mode, "fuse": fusing(fuse, where), "precision": Precision.of(precision)}
+    tracing = {"mode": mode, "fuse": fusing(fuse), "precision": Precision.of(precision)}
     program = _capture(model, sample_inputs, outputs, differentiable, tracing)
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "pins": pins, "forbid": forbid, "inputs": inputs}
     options |= {"baseline": baseline, "checkpoint": checkpoint, "micro_batches": micro_batches, "offload": offload, "strict": strict}
@@ -163,7 +163,7 @@ def autoparallelize(
     options: dict[str, Any] = {"memory": memory, "optimizer": optimizer, "inputs": inputs, "offload": offload, "strict": strict}
     options |= {"random_costs": random_costs, "time_limit": time_limit, "gap": gap, "overlap": overlap}
     mesh = make_mesh(torch_mesh, cluster or default_cluster())
-    tracing = {"fuse": plan.fuse if plan else fusing(fuse, mesh)}
+    tracing = {"fuse": plan.fuse if plan else fusing(fuse)}
     tracing["precision"] = agreed(precision, plan.precision) if plan else Precision.of(precision)  # type: ignore[assignment]
     compiler = compiler_for(torch_mesh.device_type) if compile else None
     alike = _Alike(mesh, outputs, differentiable, tracing, options, compiler is not None)

@@ -17,6 +17,7 @@ from .health import watch
 from .ir.errors import InputError, MeshError, PlanError
 from .ir.mesh import Mesh, parse_axes
 from .ir.plan import Plan
+from .kernels.fused.tuned import tuned_for
 from .runtime.agree import together
 from .runtime.join import join
 from .solver.meshes import Devices
@@ -49,14 +50,14 @@ def mesh_or_devices(mesh: Any, devices: int | None, cluster: str | None) -> Mesh
     return Devices(devices, cluster or default_cluster())
 
 
-def fusing(fuse: bool | str, where: Mesh | Devices) -> bool:
-    """Whether fused ops are placed: "auto" means on accelerators, whose kernels are Triton's. Raises InputError for another value."""
+def fusing(fuse: bool | str) -> bool:
+    """Whether fused ops are placed: "auto" means where their kernels were timed, on a GPU of this machine (kernels/fused/tuned.py). Raises
+    InputError for another value."""
     if isinstance(fuse, bool):
         return fuse
     if fuse != "auto":
-        raise InputError(f"fuse={fuse!r} is no choice", why="fused ops are placed, or not, or where they are faster", try_='fuse="auto"')
-    mesh = where if isinstance(where, Mesh) else make_mesh("a=1", where.cluster)
-    return not mesh.device.name.endswith("cpu")
+        raise InputError(f"fuse={fuse!r} is no choice", why="fused ops are placed, or not, or where they were timed", try_='fuse="auto"')
+    return torch.cuda.is_available() and bool(tuned_for(torch.cuda.get_device_name()))
 
 
 def check_model(model: object) -> nn.Module:

@@ -130,7 +130,7 @@ def _plan_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--random-costs", type=int, metavar="SEED", help="draw seeded random prices: odd but legal plans, for testing")
     sub.add_argument("--micro-batches", type=int, metavar="N", help="micro-batches of a step (default: one, unless more are better)")
     sub.add_argument("--offload", action="store_true", help="activations, parameters, optimizer state may wait in host memory or on disk")
-    sub.add_argument("--fuse", action=argparse.BooleanOptionalAction, default="auto", help="place fused ops (where they are faster)")
+    sub.add_argument("--fuse", action=argparse.BooleanOptionalAction, default="auto", help="place fused ops (where they were timed)")
     sub.add_argument("--time-limit", type=_seconds, default=60.0, metavar="S", help="seconds for the solver (60)")
     sub.add_argument("--gap", type=_seconds, default=1e-4, metavar="G", help="stop when proven this close to the optimum (0.0001)")
     sub.add_argument("--strict", action="store_true", help="refuse operations that have no sharding rule")
@@ -211,7 +211,7 @@ def run_plan(args: argparse.Namespace) -> int:
         start = time.process_time()
         where = mesh_or_devices(args.mesh, args.devices, args.cluster)
         progress("capturing the model")
-        program = capture(loaded.model, loaded.inputs, mode=args.mode, fuse=fusing(args.fuse, where), precision=args.precision)
+        program = capture(loaded.model, loaded.inputs, mode=args.mode, fuse=fusing(args.fuse), precision=args.precision)
         solving = {"optimizer": args.optimizer, "pins": pins, "forbid": forbid, "random_costs": args.random_costs, "inputs": "global"}
         solving |= {"time_limit": args.time_limit, "gap": args.gap}
         # as api.plan does, but the program is still needed for the report

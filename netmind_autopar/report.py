@@ -99,7 +99,7 @@ def plan_report(
     parts += [Text(), _saved(plan, show_all)] if plan.recompute or plan.regather or plan.offload or plan.state else []
     parts += [Text(), _parameters(plan, parameters, show_all)] if parameters else []
     parts += [Text(), _work(plan, work, show_all)] if work else []
-    parts += [Text(), _collectives(plan), *([Text(), _conversions(sent, show_all)] if sent else [])]
+    parts += [Text(), _collectives(plan), *((Text(), _conversions(sent, show_all)) if sent else ())]
     parts += [Text(), _learnt(learnt)] if learnt else []
     parts += [Text(), _replicated(plan, show_all)] if plan.replicated else []
     parts += [Text(), Text("\n".join(fusion_lines(plan)))] if plan.fusions else []

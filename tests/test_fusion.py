@@ -21,7 +21,7 @@ from test_repeat import both
 from torch import Tensor, nn
 from zoo import ZOO
 
-from netmind_autopar import Plan, plan, verify
+from netmind_autopar import Plan, arguments, plan, verify
 from netmind_autopar.arguments import fusing
 from netmind_autopar.cli import main
 from netmind_autopar.costs.device import make_mesh
@@ -357,21 +357,28 @@ def test_a_plan_says_what_was_fused_and_runs_elsewhere() -> None:
         Model(lambda x, y, w, b: (F.silu(x) * y) * _scale(x.mean(1, keepdim=True)) * w),
         (torch.randn(2, 4, N), torch.randn(2, 4, N)),
     )
-    found = plan(model, inputs, "a=2", cluster="h100-sxm")
+    found = plan(model, inputs, "a=2", cluster="h100-sxm", fuse=True)
     assert found.fuse and [(f.name, f.count) for f in found.fusions if not f.why] == [("gated", 1)]
     assert [f.name for f in found.fusions if f.why] == ["rms_norm"]
     again = Plan.loads(found.dumps())
     assert again == found and verify(model, inputs, again).ok
-    for fuse, cluster, wanted in ((False, "h100-sxm", False), ("auto", None, False), (True, None, True)):
+    for fuse, cluster, wanted in ((False, "h100-sxm", False), ("auto", "h100-sxm", False), (True, None, True)):
         assert plan(model, inputs, "a=2", cluster=cluster, fuse=fuse).fuse is wanted
     assert plan(copy.deepcopy(model), inputs, "a=2", fuse=False).graph_hash != found.graph_hash
 
 
 def test_fuse_is_checked() -> None:
-    mesh = make_mesh("a=2", "h100-sxm")
-    assert fusing("auto", mesh) is True and fusing(False, mesh) is False
+    assert fusing(True) is True and fusing(False) is False
     with pytest.raises(InputError, match="fuse='yes' is no choice"):
-        fusing("yes", mesh)
+        fusing("yes")
+
+
+@pytest.mark.parametrize(("here", "timed"), [(True, True), (True, False), (False, True)])
+def test_left_to_itself_it_fuses_where_kernels_were_timed(monkeypatch: pytest.MonkeyPatch, here: bool, timed: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(arguments, "tuned_for", lambda name: {"norm.forward": {}} if timed and name == "a GPU" else {})
+    assert fusing("auto") is (here and timed)
 
 
 FILE = """
