@@ -32,9 +32,9 @@ def fused() -> Iterator[Case]:
             _, lse = K.linear_cross_entropy(x, w, labels, 2, smoothing, 3)
             yield "autopar.linear_cross_entropy_backward.default", (F(m), x, w, labels, lse, 1.0, 0.0, 2), {}
         order = torch.randperm(2 * m)
-        yield "autopar.permute.default", (F(m, n), order, 2), {}
+        yield "autopar.permute_rows.default", (F(m, n), order, 2), {}
         for weight in (None, F(m, 2)):
-            yield "autopar.unpermute.default", (F(2 * m, n), order, weight, 2), {}
+            yield "autopar.unpermute_rows.default", (F(2 * m, n), order, weight, 2), {}
         yield "autopar.vocab_stats.default", (F(m, n), I(3 * n, m), n, 3 * n, 2), {}
         yield "autopar.vocab_combine.default", (F(m, 3, n).exp(),), {}
 

@@ -252,7 +252,7 @@ def permute_case(rows: int, n: int, times: int, weighted: bool, **more: Any) -> 
 
     def ours(x: Tensor, weight: Any = None) -> tuple[Tensor, ...]:
         there = order.to(x.device)
-        return (ops.unpermute(ops.permute(x, there, times) * 2, torch.argsort(there), weight, times),)
+        return (ops.unpermute_rows(ops.permute_rows(x, there, times) * 2, torch.argsort(there), weight, times),)
 
     def eager(x: Tensor, weight: Any = None) -> tuple[Tensor, ...]:
         there = order.to(x.device)

@@ -165,9 +165,9 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "dropout_add": (ops.dropout_add, (x, r, torch.tensor(3), 0.5, 2, [3, 8, 6], [0, 4, 0], [3, 4, 6])),
         "group_norm_silu": (ops.group_norm_silu, (x, rand(4), rand(4), 2, 1e-5)),
         "group_norm_silu without both": (ops.group_norm_silu, (x, None, None, 4, 1e-5)),
-        "permute": (ops.permute, (rand(3, 5), torch.tensor([4, 0, 3, 1, 5, 2]), 2)),
-        "unpermute": (ops.unpermute, (rand(6, 5), torch.tensor([4, 0, 3, 1, 5, 2]), None, 2)),
-        "unpermute weighted": (ops.unpermute, (rand(6, 5), torch.tensor([4, 0, 3, 1, 5, 2]), rand(3, 2), 2)),
+        "permute": (ops.permute_rows, (rand(3, 5), torch.tensor([4, 0, 3, 1, 5, 2]), 2)),
+        "unpermute": (ops.unpermute_rows, (rand(6, 5), torch.tensor([4, 0, 3, 1, 5, 2]), None, 2)),
+        "unpermute weighted": (ops.unpermute_rows, (rand(6, 5), torch.tensor([4, 0, 3, 1, 5, 2]), rand(3, 2), 2)),
         "linear_cross_entropy": (ops.linear_cross_entropy, (rand(4, 3), rand(6, 3), target, -100, 0.1, 3)),
         "cross_entropy smoothed": (ops.cross_entropy, (rand(4, 6), target, -100, 0.3)),
     }

@@ -168,7 +168,7 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytes
 
 def test_stretches_begin_where_blocks_begin() -> None:
     modules = ["", "h.0.a", "h.0", "", "h.1.a", "h.0.a", "h.1.b", "h.2.a", "head"]
-    order = [SimpleNamespace(meta={"module": m}) for m in modules]
+    order = [SimpleNamespace(meta={"module": m}, args=(), target=None) for m in modules]
     assert borders(order) == [0, 1, 4, 7]  # type: ignore[arg-type]
     flat = [SimpleNamespace(meta={"module": "layers.3"})] * 70
     assert borders(flat) == [0, 32, 64]  # type: ignore[arg-type]

@@ -81,4 +81,9 @@ def test_autocast() -> None:
                 return self.net(x).float()
 
     torch.manual_seed(0)
-    check(Model(), {"x": torch.randn(4, 3, 5)}, tolerance=0.05)
+    model, x = Model(), torch.randn(4, 3, 5)
+    try:
+        model(x)
+    except RuntimeError as e:
+        pytest.skip(f"PyTorch itself cannot run a bfloat16 LSTM on this processor: {str(e)[:60]}")
+    check(model, {"x": x}, tolerance=0.05)

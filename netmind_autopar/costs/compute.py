@@ -83,7 +83,7 @@ CLASSES = {
     "scattered": "embedding embedding_backward embedding_dense_backward index index_select index_put gather scatter scatter_add index_add "
     "nll_loss nll_loss_backward nll_loss_forward pick max_pool2d_with_indices_backward select_backward slice_backward "
     "slice_scatter select_scatter upsample_nearest2d _embedding_bag embedding_bag embedding_bag_backward take searchsorted "
-    "permute unpermute",
+    "permute_rows unpermute_rows",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 

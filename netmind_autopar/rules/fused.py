@@ -23,8 +23,8 @@ ROWS = {
     "autopar.cross_entropy.default": "n c!, n -> n, n",
     "autopar.linear_cross_entropy.default": "n d!, c! d!, n -> n, n",
     "autopar.linear_cross_entropy_backward.default": "n, n d!, c! d!, n, n -> n d!, c! d!",
-    "autopar.permute.default": "t! n, m! -> m! n",
-    "autopar.unpermute.default": "unpermute",
+    "autopar.permute_rows.default": "t! n, m! -> m! n",
+    "autopar.unpermute_rows.default": "unpermute",
     "autopar.vocab_stats.default": "n c!, n -> 1 t! n",
     "autopar.vocab_combine.default": "k! t! n -> n, n",
 }

@@ -1,4 +1,4 @@
-"""Rows to their experts and back: `autopar::permute(x, order, times) -> y` and `autopar::unpermute(y, place, weight?) -> x`.
+"""Rows to their experts and back: `autopar::permute_rows(x, order, times) -> y` and `autopar::unpermute_rows(y, place, weight?) -> x`.
 
     permute     y_i = x_{order_i // times}                        x [t, n], order [t times]: slot i of the experts has copy order_i
     unpermute   x_t = Σ_j weight_tj y_{place_{t times + j}}       place [t times] is the inverse of order; weight [t, times] or ones
@@ -110,12 +110,12 @@ def _check_weight(y: Tensor, weight: Tensor | None, times: int) -> None:
 # ---- registration -------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("autopar::permute", mutates_args=())
+@torch.library.custom_op("autopar::permute_rows", mutates_args=())
 def _permute_op(x: Tensor, order: Tensor, times: int) -> Tensor:
     return permute(x, order, times)
 
 
-@torch.library.custom_op("autopar::unpermute", mutates_args=())
+@torch.library.custom_op("autopar::unpermute_rows", mutates_args=())
 def _unpermute_op(y: Tensor, place: Tensor, weight: Tensor | None, times: int) -> Tensor:
     return unpermute(y, place, weight, times)
 
@@ -145,7 +145,7 @@ def _setup(ctx, inputs, output):
 
 def _derive(ctx, grad):
     (order,) = ctx.saved_tensors
-    return _own.unpermute.default(grad, inverse(order), None, ctx.times), None, None
+    return _own.unpermute_rows.default(grad, inverse(order), None, ctx.times), None, None
 
 
 def _setup_back(ctx, inputs, output):
@@ -156,7 +156,7 @@ def _setup_back(ctx, inputs, output):
 def _derive_back(ctx, grad):
     y, place, weight = ctx.saved_tensors
     back = inverse(place)
-    dy, dweight = _own.permute.default(grad, back, ctx.times), None
+    dy, dweight = _own.permute_rows.default(grad, back, ctx.times), None
     if weight is not None:
         rows = y.index_select(0, place).reshape(*weight.shape, -1).to(wide(y.dtype))
         dweight = (rows * grad.to(rows.dtype).unsqueeze(1)).sum(-1).to(weight.dtype)
@@ -168,4 +168,4 @@ _permute_op.register_autograd(_derive, setup_context=_setup)
 _unpermute_op.register_autograd(_derive_back, setup_context=_setup_back)
 
 _own = torch.ops.autopar
-DIRECT = {_own.permute.default: permute, _own.unpermute.default: unpermute}
+DIRECT = {_own.permute_rows.default: permute, _own.unpermute_rows.default: unpermute}
