@@ -50,6 +50,17 @@ def collective_seconds(kind: str, axis: Axis, bytes: Amount, *, latency_share: A
     return latency_share * MESSAGES[kind] * (axis.size - 1) * axis.latency_s + bytes / axis.bandwidth_bytes_s
 
 
+def shares(mesh: Mesh, axis: int, bytes: np.ndarray) -> np.ndarray:
+    """The part of its latency that an all-reduce of a gradient of so many local bytes pays: its share of a bucket. All of it when it
+    travels alone, because copying it into a bucket takes longer than the bucket saves."""
+    link, device = mesh.axes[axis], mesh.device
+    share = np.minimum(1.0, bytes / BUCKET_BYTES)
+    latency = float(collective_seconds("all_reduce", link, 0.0)) + (
+        0.0 if link.measured("all_reduce") else START_LAUNCHES * device.launch_s
+    )
+    return np.where((1.0 - share) * latency > 2 * bytes / device.memory_bandwidth_bytes_s, share, 1.0)
+
+
 def sent_bytes(kind: str, n: int, before_bytes: np.ndarray, after_bytes: np.ndarray, kept_bytes: np.ndarray | int = 0) -> np.ndarray:
     """Bytes one device sends. `before_bytes` and `after_bytes` are local; `kept_bytes` is what it keeps in an all-to-all."""
     if kind == "all_gather":
@@ -213,7 +224,7 @@ class Space:
         if kind not in MESSAGES:
             return sent, np.maximum(local, LEAST_S), np.maximum(local, LEAST_S)
         # passes/bucket.py joins all-reduces alone: of everything else each pays all of its latency
-        share = np.minimum(1.0, np.maximum(before, after) / BUCKET_BYTES) if kind == "all_reduce" else np.ones(len(i))
+        share = shares(self.mesh, axis, np.maximum(before, after)) if kind == "all_reduce" else np.ones(len(i))
         start = 0.0 if link.measured(kind) else START_LAUNCHES * device.launch_s
         whole = local + start + collective_seconds(kind, link, sent)
         bucketed = local + share * start + collective_seconds(kind, link, sent, latency_share=share)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import fx
 
-from ..costs.comm import BUCKET_BYTES
+from ..costs.space import BUCKET_BYTES, shares
 from ..ir.program import Draft, Program, tensor_args
 from ..ir.spec import local_bytes, parse_spec
 from ..runtime.collectives import bucket, move
@@ -20,9 +21,9 @@ def bucket_gradients(program: Program, context: Lowering) -> Program:
     """Replace runs of gradient all-reduces over one axis, with one dtype, by one all-reduce each.
 
     Only an all-reduce whose sole consumer is the program's output is moved: nothing in the step waits for it. A bucket stands
-    where its last member stood.
+    where its last member stood. One that is so large that copying it into a bucket takes longer than the latency travels alone.
     """
-    groups = _buckets(program, context.sizes)
+    groups = _buckets(program, context)
     if not any(len(names) > 1 for _, names in groups):
         return program
     with program.edit() as new:
@@ -33,7 +34,7 @@ def bucket_gradients(program: Program, context: Lowering) -> Program:
     return new.program
 
 
-def _buckets(program: Program, sizes: tuple[int, ...]) -> list[tuple[tuple, list[str]]]:
+def _buckets(program: Program, context: Lowering) -> list[tuple[tuple, list[str]]]:
     """Names of the all-reduces that travel together, in graph order."""
     ends = tensor_args(next(n for n in program.graph.nodes if n.op == "output"))
     roles: dict[fx.Node, set[str]] = {}
@@ -46,9 +47,12 @@ def _buckets(program: Program, sizes: tuple[int, ...]) -> list[tuple[tuple, list
         if node.target is not move or node.args[1] != "all_reduce" or node.meta["phase"] == "forward" or waited_for:
             continue
         spec = parse_spec(node.args[3])
+        own = local_bytes(spec, context.sizes)
+        if shares(context.conversions.mesh, node.args[2], np.array(own)) == 1.0:
+            continue
         key = (node.args[2], spec.placements[node.args[2]].op, spec.dtype, node.meta["phase"])
         names, size = open_.pop(key, ([], 0))
-        names, size = [*names, node.name], size + local_bytes(spec, sizes)
+        names, size = [*names, node.name], size + own
         if size >= BUCKET_BYTES:
             out.append((key, names))
         else:

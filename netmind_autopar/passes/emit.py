@@ -30,6 +30,7 @@ from ..runtime.offload import MARKS, fetch, offload, release
 from .defer import FINISH, waits
 from .pipeline import Gradients
 from .regions import Region, split_regions
+from .reuse import Reuse, reuse
 
 HEADER = '''"""Emitted by netmind-autopar. Mesh {mesh}, plan {plan}, graph {graph}. One file for every rank."""
 
@@ -60,6 +61,7 @@ class _Writer:
     constants: dict[str, str] = field(default_factory=dict)  # expression → name
     count: dict[str, int] = field(default_factory=dict)
     regions: list[str] | None = None  # functions that a compiler may compile; None: none are made
+    reuse: Reuse = field(default_factory=Reuse)  # what is written over an operand
 
     def bind(self, stem: str, expression: str) -> str:
         if expression not in self.constants:
@@ -84,6 +86,9 @@ def emit(program: Program, plan: Plan, *, inference: bool = False, gradients: Gr
     grads = [n for n, o in zip(_results(program), program.outputs, strict=True) if o.role == "grad"]
     inputs = [program.node(i.node) for i in program.inputs if i.role != "tangent"]
     tangents = [program.node(i.node) for i in program.inputs if i.role == "tangent"]
+    if not regions:  # a compiler does it by itself
+        ends = [*results, *grads, *unfinished(program, grads)]
+        writer.reuse = reuse([*forward, *(() if inference else (*backward, *_finish(program)))], ends)
     parts = [_function("forward", inputs, forward, results, kept, writer, program)]
     names = "forward" if inference else "forward, backward"
     if not inference and (program.micro or waiting):
@@ -333,7 +338,8 @@ def _call(node: fx.Node, writer: _Writer) -> str:
     start = ".start" if node.target in STARTS else ""
     if node.target in MOVES:
         x, kind, axis, before, after = node.args
-        return f"{writer.bind(kind, f'place.move({kind!r}, {writer.axes[axis]!r}, {before!r}, {after!r})')}{start}({x.name})"
+        own = ", own=True" * (node in writer.reuse.within)
+        return f"{writer.bind(kind, f'place.move({kind!r}, {writer.axes[axis]!r}, {before!r}, {after!r}{own})')}{start}({x.name})"
     if node.target in BUCKETS:
         tensors, axis, op = node.args
         specs = ", ".join(repr(node.meta["specs"][i]) for i in range(len(tensors)))
@@ -347,11 +353,14 @@ def _call(node: fx.Node, writer: _Writer) -> str:
         return f"meet({x.name!r}, {x.name})"
     if not isinstance(node.target, torch._ops.OpOverload):
         raise GraphError(f"cannot emit a call of {node.target}", where=node.meta.get("where", ""))
+    target, written = writer.reuse.instead.get(node, (node.target, None))
     args = [_text(a, writer) for a in node.args]
     kwargs = [f"{k}={_text(v, writer)}" for k, v in node.kwargs.items() if k not in ("device", "pin_memory")]
-    if any(a.name == "device" for a in node.target._schema.arguments):
+    if any(a.name == "device" for a in target._schema.arguments):
         kwargs.append("device=device")
-    namespace, _, op = str(node.target).partition(".")
+    if written:
+        kwargs.append(f"{written}={writer.reuse.over[node].name}")
+    namespace, _, op = str(target).partition(".")
     if namespace == "autopar":  # called as the plain function it is: nothing here needs the dispatcher
         op = op.removesuffix(".default")
     elif namespace != "aten":  # prims, or an op of the user's

@@ -34,12 +34,13 @@ class Place:
         self.turn, self.regions = turn, regions
         self._constants = {name: t.to(device) for name, t in constants.items()}
 
-    def move(self, kind: str, axis: str, before: str, after: str) -> Callable[[Tensor], Tensor]:
-        """One move, bound to this device."""
+    def move(self, kind: str, axis: str, before: str, after: str, own: bool = False) -> Callable[[Tensor], Tensor]:
+        """One move, bound to this device. own: an all-reduce may reduce in the memory of what it is given."""
         step = stage(kind, self.axes.index(axis), before, after, self.sizes, self.coord)
         if kind in LOCAL_KINDS:
             return step.pack
-        step = dataclasses.replace(step, name=f"{kind.replace('_', '-')} over {axis}, {before} → {after.rpartition(']')[2].strip(' ,')}")
+        name = f"{kind.replace('_', '-')} over {axis}, {before} → {after.rpartition(']')[2].strip(' ,')}"
+        step = dataclasses.replace(step, name=name, fresh=own)
         return Collective(self.wire, step, step.unpack)
 
     def bucket(self, axis: str, op: str, specs: Sequence[str]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
