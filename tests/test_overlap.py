@@ -98,7 +98,7 @@ def test_the_sketch_is_the_lowered_programs_timeline(family: str) -> None:
         full = plan_timeline(program, rules, plan, make_mesh(MESHES[family], CLUSTER))
         found, _ = sketch_of(family, plan)
         assert found.sum_s == pytest.approx(full.sequential_s, rel=EXACT), name
-        assert {k: v for k, v in found.busy.items() if v} == pytest.approx({k: v for k, v in full.busy.items() if v}, rel=EXACT), name
+        assert {k: v for k, v in found.work.items() if v} == pytest.approx({k: v for k, v in full.work.items() if v}, rel=EXACT), name
         if plan.cost.timeline_s:
             assert plan.cost.timeline_s == pytest.approx(found.step_s, rel=EXACT), name
         off[name] = abs(found.step_s / full.step_s - 1)
@@ -154,14 +154,14 @@ def test_what_saves_memory_and_micro_batches_are_in_it(micro: int, saving: int |
         plan = with_saving(plan, program, rules, saving)
         assert plan.recompute or plan.offload
     full, (found, _) = plan_timeline(program, rules, plan, mesh), sketch_of("gpt2", plan)
-    ours = {name: found.busy.get(name, 0.0) for name in (COMPUTE, *mesh.names)}
-    assert ours == pytest.approx({name: full.busy.get(name, 0.0) for name in ours}, rel=EXACT, abs=1e-15)
+    ours = {name: found.work.get(name, 0.0) for name in (COMPUTE, *mesh.names)}
+    assert ours == pytest.approx({name: full.work.get(name, 0.0) for name in ours}, rel=EXACT, abs=1e-15)
     assert found.step_s == pytest.approx(full.step_s, rel=0.2 if plan.offload else FAR)
 
 
 @st.composite
 def flights(draw: st.DrawFn) -> tuple[list[Flight], np.ndarray]:
-    """Up to eight flights on two streams over up to six ops, whole seconds, so that ends coincide often."""
+    """Up to eight flights on two streams over up to six ops, whole seconds, so that ends coincide often, and halves are exact."""
     ops = draw(st.integers(1, 6))
     out = []
     for f in range(draw(st.integers(0, 8))):
@@ -169,17 +169,19 @@ def flights(draw: st.DrawFn) -> tuple[list[Flight], np.ndarray]:
         come = draw(st.integers(go, ops))
         at = draw(st.integers(go, come))
         stream, seconds, busy = draw(st.sampled_from(["dp", "tp"])), float(draw(st.integers(0, 4))), float(draw(st.integers(0, 2)))
-        out.append(Flight(f, stream, seconds, go, come, (at, f), busy=busy))
+        transfer_s = float(draw(st.integers(0, int(seconds))))
+        out.append(Flight(f, stream, seconds, go, come, (at, f), busy=busy, transfer_s=transfer_s))
     compute = [float(draw(st.integers(0, 3))) for _ in range(ops)]
     return out, np.concatenate([[0.0], np.cumsum(compute)])
 
 
-@settings(max_examples=300, deadline=None)
-@given(flights())
-def test_the_clock_is_the_simulation(case: tuple[list[Flight], np.ndarray]) -> None:
-    """The same starts, waits and compute as events, one by one."""
+@settings(max_examples=400, deadline=None)
+@given(flights(), st.booleans())
+def test_the_clock_is_the_simulation(case: tuple[list[Flight], np.ndarray], shared: bool) -> None:
+    """The same starts, waits and compute as events, one by one; on two links, and on one."""
     found, before = case
-    clock = Clock(found, before)
+    links = {"dp": "intra", "tp": "intra"} if shared else {"dp": "inter", "tp": "intra"}
+    clock = Clock(found, before, links)
     clock.run()
     events: list[Event] = []
     waiting: tuple[int, ...] = ()
@@ -195,7 +197,8 @@ def test_the_clock_is_the_simulation(case: tuple[list[Flight], np.ndarray]) -> N
                 events.append(Event("busy", COMPUTE, found[f].busy, waiting))
                 waiting = (len(events) - 1,)
             event_of[f] = len(events)
-            events.append(Event(f"flight {f}", found[f].stream, found[f].seconds, waiting))
+            carried = {"link": links[found[f].stream], "transfer_s": found[f].transfer_s}
+            events.append(Event(f"flight {f}", found[f].stream, found[f].seconds, waiting, **carried))  # type: ignore[arg-type]
         elif f >= 0:
             waiting = (*waiting, event_of[f])
     full = simulate(events)
@@ -206,7 +209,9 @@ def test_the_clock_is_the_simulation(case: tuple[list[Flight], np.ndarray]) -> N
     slots, flown, worked = clock.critical()
     on_compute = sum(float(before[s + 1] - before[s]) * slots[s] for s in range(len(before) - 1))
     on_compute += sum(flight.busy * on for flight, on in zip(found, worked, strict=True))
-    assert on_compute + sum(flight.seconds * on for flight, on in zip(found, flown, strict=True)) == full.step_s
+    assert on_compute + sum(flight.seconds * on for flight, on in zip(found, flown, strict=True)) == pytest.approx(full.step_s, rel=1e-12)
+    assert all(0 <= on <= 1 + 1e-12 for on in flown)
+    assert shared or set(flown) <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -51,6 +51,12 @@ class Move:
     bytes: int
     seconds: float
 
+    def transfer_s(self, mesh: Mesh) -> float:
+        """Of its seconds those that use the bandwidth of its axis's link, without latency and local copies."""
+        if self.kind not in MESSAGES:
+            return 0.0
+        return min(self.seconds, float(collective_seconds(self.kind, mesh.axes[self.axis], self.bytes, latency_share=0.0)))
+
 
 class Conversions:
     """Cheapest conversions between any two layouts of a tensor on one mesh.

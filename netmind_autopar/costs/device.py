@@ -281,7 +281,8 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
     cluster: a preset, a profile's path, or None for the present machine (its own memory then, and for "cpu" its share of the
         machine's memory).
 
-    An axis gets the inner link when all its groups lie within a node, `node_size` consecutive ranks; otherwise the outer one.
+    An axis gets the inner link when all its groups lie within a node, `node_size` consecutive ranks; otherwise the outer one. A device
+    has one of each, so axes with the same one share its bandwidth (costs/link.py).
     Raises MeshError or ProfileError.
     """
     if isinstance(mesh, Mesh):
@@ -293,7 +294,7 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
     axes = []
     for i, name in enumerate(names):
         inside = bool((nodes == np.take(nodes, [0], axis=i)).all())
-        link = profile.links.intra if inside else profile.links.inter
+        tier, link = ("intra", profile.links.intra) if inside else ("inter", profile.links.inter)
         if link is None:
             raise MeshError(
                 f"the axis {name!r} leaves the node, and no link between nodes is known",
@@ -301,7 +302,8 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
                 why=f"the profile describes one node of {profile.node_size} devices",
                 try_="a smaller mesh, calibrate --ranks with as many as the mesh has, or a [links.inter] table in the profile",
             )
-        axes.append(Axis(name, ranks.shape[i], link.bandwidth_bytes_s, link.latency_s, link.at(ranks.shape[i]), link.hideable))
+        size = ranks.shape[i]
+        axes.append(Axis(name, size, link.bandwidth_bytes_s, link.latency_s, link.at(size), link.hideable, link=tier))
     memory, host = profile.device.memory_bytes, profile.device.host_memory_bytes or 2 * profile.device.memory_bytes
     if chosen == "cpu":
         memory, host = (size // min(ranks.size, profile.node_size) for size in (memory, host))

@@ -28,6 +28,7 @@ class Axis:
     hideable: the part of a collective beside which a device can compute; for the rest it is busy itself, as where the cores that compute
     also send.
     in_turn: not devices, but parts of the work that one device does one after the other: nothing can travel along such an axis.
+    link: the physical link that carries it; what travels along axes of one link at the same time shares its bandwidth. "": its own.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Axis:
     curves: tuple[Curve, ...] = ()
     hideable: float = 1.0
     in_turn: bool = False
+    link: str = ""
 
     def measured(self, kind: str) -> tuple[tuple[float, float], ...]:
         """The points of a collective's curve; empty when it was not measured."""

@@ -72,6 +72,7 @@ def _join(new: Draft, members: list[fx.Node], axis: int, op: str) -> None:
         "phase": members[0].meta["phase"],
         "specs": tuple(m.args[3] for m in members),
         "seconds": sum(m.meta["seconds"] for m in members),
+        "transfer": sum(m.meta["transfer"] for m in members),
     }
     new.expects[joined.name] = specs
     new.specs[joined.name] = tuple(parse_spec(m.args[4]) for m in members)

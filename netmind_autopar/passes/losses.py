@@ -101,7 +101,7 @@ def _rewrite(new: Draft, context: Lowering, loss: _Loss) -> None:
         if step.kind != "recast":
             args = (stats, step.kind, step.axis, str(step.before), str(step.after))
             stats = made.call(move, args, f"{stats.name}_{step.kind}", (count, 3, rows), step.after, (step.before,))
-            stats.meta["seconds"] = step.seconds
+            stats.meta |= {"seconds": step.seconds, "transfer": step.transfer_s(context.conversions.mesh)}
     exact = replace(reduced, dtype=torch.float64)
     both = made.call(_own.vocab_combine.default, (stats,), loss.sums.name + "_combine", (rows,), (exact, reduced), (whole,))
     lse, picked = made.item(both, 0), made.item(both, 1)

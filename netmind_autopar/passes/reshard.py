@@ -1,7 +1,8 @@
 """Put the cheapest chain of collectives on every edge whose two specs differ.
 
 Which conversions there are is not decided here: `needed_conversions` says it for pricing and for lowering alike. Every move knows
-its price, `meta["seconds"]`: of gradients that travel in buckets their part of it.
+its price, `meta["seconds"]`, of gradients that travel in buckets their part of it, and how many of these seconds use the bandwidth of
+a link, `meta["transfer"]`.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ def insert_reshards(program: Program, context: Lowering) -> Program:
 
 @dataclass(frozen=True)
 class _Step:
-    """One move of a chain: what `move` takes besides the tensor, both specs, seconds."""
+    """One move of a chain: what `move` takes besides the tensor, both specs, seconds, and those of them that use a link's bandwidth."""
 
     args: tuple[str, int, str, str]
     before: Spec
     after: Spec
     seconds: float
+    transfer_s: float
 
 
 def _steps(context: Lowering, need: Needed) -> list[_Step]:
@@ -57,7 +59,14 @@ def _steps(context: Lowering, need: Needed) -> list[_Step]:
     path = context.conversions.path(need.source, need.target)
     whole = sum(step.seconds for step in path)
     share = context.conversions.seconds(need.source, need.target, bucketed=need.is_gradient) / whole if whole else 1.0
-    return [_Step((m.kind, m.axis, str(m.before), str(m.after)), m.before, m.after, m.seconds * share) for m in path if m.kind != "recast"]
+    mesh = context.conversions.mesh
+    return [
+        _Step(
+            (m.kind, m.axis, str(m.before), str(m.after)), m.before, m.after, m.seconds * share, min(m.transfer_s(mesh), m.seconds * share)
+        )
+        for m in path
+        if m.kind != "recast"
+    ]
 
 
 def _splice(new: Draft, nodes: dict[str, fx.Node], need: Needed, steps: Sequence[_Step]) -> fx.Node:
@@ -68,7 +77,8 @@ def _splice(new: Draft, nodes: dict[str, fx.Node], need: Needed, steps: Sequence
         anchor = new.graph.inserting_after(current) if first.result else new.graph.inserting_before(nodes[first.node])
         with anchor:
             made = new.graph.create_node("call_function", move, (current, *step.args), name=f"{value.name}_{step.args[0]}")
-        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": first.phase, "seconds": step.seconds}
+        made.meta = {"val": value.meta["val"], **_origin(value, nodes[first.node]), "phase": first.phase}
+        made.meta |= {"seconds": step.seconds, "transfer": step.transfer_s}
         new.specs[made.name], new.expects[made.name] = step.after, (step.before,)
         current = made
     return current

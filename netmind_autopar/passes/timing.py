@@ -1,8 +1,8 @@
 """A lowered program as events in time: what its ops, moves and transfers cost, and what each must wait for.
 
 Prices are those of the planner: without overlap the events add up to `Plan.cost.step_s`. A collective may begin when the device has
-come to where it is started and no other one is on its way along its axis; ops run on until something waits for it. Copies to
-and from the host take their link's time, in both directions at once.
+come to where it is started and no other one is on its way along its axis; ops run on until something waits for it. Those of axes
+that one link carries share its bandwidth. Copies to and from the host take their link's time, in both directions at once.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _Events:
             seconds = float(node.meta["seconds"])  # type: ignore[arg-type]
             if axis.hideable < 1:
                 self._event(node, COMPUTE, seconds * (1 - axis.hideable))
-            self._event(node, axis.name, seconds * axis.hideable)
+            self._event(node, axis.name, seconds * axis.hideable, axis.link, float(node.meta["transfer"]) * axis.hideable)  # type: ignore[arg-type]
             if target not in STARTS:
                 self._wait_for(node)
         elif target in (offload, prefetch, fetch):
@@ -147,11 +147,11 @@ class _Events:
             if size:
                 self._append(Event(f"optimizer state, {tier}", STATE, size * self._link_s(tier), self._last(), "transfer", "", "", size))
 
-    def _event(self, node: fx.Node, stream: str, seconds: float) -> None:
+    def _event(self, node: fx.Node, stream: str, seconds: float, link: str = "", transfer_s: float = 0.0) -> None:
         kind = str(node.args[1]) if node.target in MOVES else "all_reduce" if node.target in BUCKETS else ""
         facts = {"phase": node.meta.get("phase", ""), "where": node.meta.get("where") or "", "kind": kind}
         size = self._bytes(node) if stream in (OUT, IN) else 0
-        self.at[node] = self._append(Event(node.name, stream, seconds, self.before, bytes=size, **facts))
+        self.at[node] = self._append(Event(node.name, stream, seconds, self.before, bytes=size, link=link, transfer_s=transfer_s, **facts))
 
     def _compute(self, name: str, seconds: float, phase: str) -> None:
         self._append(Event(name, COMPUTE, seconds, self.before, phase=phase))

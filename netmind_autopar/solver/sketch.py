@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..costs.comm import BUCKET_BYTES, Conversions
+from ..costs.link import shared_streams
 from ..costs.timeline import COMPUTE
 from ..ir.plan import Entry
 from ..ir.spec import local_bytes
@@ -35,13 +36,14 @@ OUT, IN, STATE = "to the host", "from the host", "optimizer state"  # streams
 
 class Step(NamedTuple):
     """One move: the stream that carries it, "" for a copy on the device itself; seconds there; bytes of what it takes; bucket: its group;
-    busy: seconds more, of compute."""
+    busy: seconds more, of compute. transfer_s: of the seconds there, those that use the bandwidth of the stream's link."""
 
     stream: str
     seconds: float
     bytes: int
     bucket: tuple
     busy: float = 0.0
+    transfer_s: float = 0.0
 
 
 @dataclass
@@ -52,13 +54,18 @@ class _Bucket:
     members: list[tuple[int, int, tuple[Step, ...], int]] = field(default_factory=list)
     seconds: float = 0.0
     busy: float = 0.0
+    transfer_s: float = 0.0
     bytes: int = 0
+
+    def add(self, step: Step) -> None:
+        self.seconds, self.bytes = self.seconds + step.seconds, self.bytes + step.bytes
+        self.busy, self.transfer_s = self.busy + step.busy, self.transfer_s + step.transfer_s
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """step_s: the simulated step. sum_s: everything one after the other. busy: seconds by stream, "compute" among them; exposed: by
-    the other streams, in which compute has nothing to do.
+    """step_s: the simulated step. sum_s: everything one after the other. work: seconds by stream, "compute" among them, of what each does,
+    alone; busy: in which it does it; exposed: of the other streams, those of `busy` in which compute has nothing to do.
 
     value_critical, node_critical: of the seconds of each value's collectives, and of each node's ops, the share that lies on the critical
     path; NaN where there are none.
@@ -66,6 +73,7 @@ class Sketch:
 
     step_s: float
     sum_s: float
+    work: Mapping[str, float]
     busy: Mapping[str, float]
     exposed: Mapping[str, float]
     value_critical: np.ndarray
@@ -88,6 +96,7 @@ class Sketcher:
         self.through = self._views()
         self.paths: dict[tuple[int, int, int, bool], tuple[Step, ...]] = {}
         self.names = conversions.mesh.names
+        self.links = {axis.name: axis.link for axis in conversions.mesh.axes if axis.link}
         counts: dict[str, int] = {}
         for value in problem.values:
             counts[value.name] = counts.get(value.name, 0) + value.count
@@ -122,7 +131,8 @@ class Sketcher:
                 group = (m.axis, str(m.before.placements[m.axis]), m.before.dtype) if m.kind == "all_reduce" else ()
                 hidden = self.conversions.mesh.axes[m.axis].hideable if stream else 1.0
                 seconds = m.seconds * share
-                steps.append(Step(stream, seconds * hidden, local_bytes(m.before, sizes), group, seconds * (1 - hidden)))
+                carried = min(m.transfer_s(self.conversions.mesh), seconds) * hidden
+                steps.append(Step(stream, seconds * hidden, local_bytes(m.before, sizes), group, seconds * (1 - hidden), carried))
             self.paths[key] = tuple(steps)
         return self.paths[key]
 
@@ -133,14 +143,14 @@ class Sketcher:
 
 @dataclass
 class _Step:
-    """The flights of one choice. local: seconds that the device spends on moves, by slot. late: all-reduces after the last turn, by stream;
-    after: what the device works for those itself."""
+    """The flights of one choice. local: seconds that the device spends on moves, by slot. late: all-reduces after the last turn, by stream
+    their seconds, and those that use the link; after: what the device works for those itself."""
 
     work: Sketcher
     choice: Choice
     flights: list[Flight] = field(default_factory=list)
     local: dict[int, float] = field(default_factory=dict)
-    late: dict[str, float] = field(default_factory=dict)
+    late: dict[str, tuple[float, float]] = field(default_factory=dict)
     after: float = 0.0
     raw: list[tuple[int, int, tuple[Step, ...], int, int, int, bool]] = field(default_factory=list)
     sole: dict[int, bool] = field(default_factory=dict)
@@ -179,7 +189,8 @@ class _Step:
             while gradient and turns > 1 and tail < len(steps) and steps[-1 - tail].bucket:
                 tail += 1
             for step in steps[len(steps) - tail :]:
-                self.late[step.stream] = self.late.get(step.stream, 0.0) + step.seconds
+                seconds, transfer_s = self.late.get(step.stream, (0.0, 0.0))
+                self.late[step.stream] = seconds + step.seconds, transfer_s + step.transfer_s
                 self.after += step.busy
             steps = steps[: len(steps) - tail]
             if not (gradient and turns == 1 and steps and steps[-1].bucket):
@@ -187,8 +198,7 @@ class _Step:
                 continue
             bucket = open_.setdefault(steps[-1].bucket, _Bucket(steps[-1].stream))
             bucket.members.append((v, i, steps[:-1], at))
-            bucket.seconds, bucket.bytes = bucket.seconds + steps[-1].seconds, bucket.bytes + steps[-1].bytes
-            bucket.busy += steps[-1].busy
+            bucket.add(steps[-1])
             if bucket.bytes >= BUCKET_BYTES:
                 self._bucket(open_.pop(steps[-1].bucket))
         for bucket in open_.values():
@@ -201,7 +211,8 @@ class _Step:
             last = self._chain(v, i, steps, begins, at if len(bucket.members) > 1 else -1)
         v = bucket.members[-1][0]
         place = (at, len(self.flights))
-        self.flights.append(Flight(v, bucket.stream, bucket.seconds, at, self.work.ops, place, last, True, bucket.busy))
+        what = bucket.busy, bucket.transfer_s
+        self.flights.append(Flight(v, bucket.stream, bucket.seconds, at, self.work.ops, place, last, True, *what))
 
     def _chain(self, v: int, i: int, steps: Sequence[Step], at: int, use: int) -> int:
         """The flights of one conversion, one after the other, the last one's position, -1 without any. use: -1 for the end of the phase."""
@@ -227,7 +238,8 @@ class _Step:
                 come = min(begun + int(share * (first - begun)), starts[after] if after < len(starts) else end, at)
             come = max(come, go)
             place = (at, len(self.flights))
-            self.flights.append(Flight(v, step.stream, step.seconds, go, come, place, last, not forward, step.busy))
+            what = step.busy, step.transfer_s
+            self.flights.append(Flight(v, step.stream, step.seconds, go, come, place, last, not forward, *what))
             last, go = len(self.flights) - 1, come
         return last
 
@@ -293,15 +305,18 @@ def _placed(step: _Step) -> Sketch:
     for slot, seconds in step.local.items():
         compute[slot] += seconds
     compute[-1] += 3 * summed_bytes(work.built, choice) / work.conversions.mesh.device.memory_bandwidth_bytes_s  # as cost_of has it
-    clock = Clock(step.flights, np.concatenate([[0.0], np.cumsum(compute)]))
+    clock = Clock(step.flights, np.concatenate([[0.0], np.cumsum(compute)]), work.links)
     clock.run()
     waits = turns * parking_s(problem, choice)
     working = turns * (float(compute.sum()) + sum(f.busy for f in step.flights)) + step.after
-    busy, exposed = {COMPUTE: working}, dict[str, float]()
+    done, busy, exposed = {COMPUTE: working}, {COMPUTE: working}, dict[str, float]()
     for stream, (seconds, alone) in sorted(clock.streams().items()):
-        busy[stream], exposed[stream] = turns * seconds, turns * alone
-    for stream, seconds in [*sorted(step.late.items()), *([(STATE, waits)] if waits else [])]:
+        own = sum(f.seconds for f in step.flights if f.stream == stream) if stream in clock.links else seconds
+        done[stream], busy[stream], exposed[stream] = turns * own, turns * seconds, turns * alone
+    last = _together(step.late, work.links)
+    for stream, seconds in [*sorted(last.items()), *([(STATE, waits)] if waits else [])]:
         busy[stream], exposed[stream] = busy.get(stream, 0.0) + seconds, exposed.get(stream, 0.0) + seconds
+        done[stream] = done.get(stream, 0.0) + (step.late[stream][0] if stream in last else seconds)
     slots, flown, worked = clock.critical()
     total, critical = np.zeros(len(problem.values)), np.zeros(len(problem.values))
     for flight, on, too in zip(step.flights, flown, worked, strict=True):
@@ -312,5 +327,16 @@ def _placed(step: _Step) -> Sketch:
         for node, at, k in zip(problem.nodes, work.slots, choice, strict=True)
     ]
     value_critical = np.divide(critical, total, out=np.full(len(total), np.nan), where=total > 0)
-    step_s = turns * clock.now + step.after + max(step.late.values(), default=0.0) + waits
-    return Sketch(step_s, sum(busy.values()), busy, exposed, value_critical, np.array(node_critical))
+    step_s = turns * clock.now + step.after + max(last.values(), default=0.0) + waits
+    return Sketch(step_s, sum(done.values()), done, busy, exposed, value_critical, np.array(node_critical))
+
+
+def _together(late: Mapping[str, tuple[float, float]], links: Mapping[str, str]) -> dict[str, float]:
+    """How long streams take that begin at once, from (seconds, those that use the link): what is not sent by the time that one is over
+    is no matter to it."""
+    shared = shared_streams((stream, links.get(stream, "")) for stream in late)
+    out = {}
+    for stream, (seconds, transfer_s) in late.items():
+        others = [late[s][1] for s, link in shared.items() if link == shared.get(stream) and s != stream]
+        out[stream] = seconds + sum(min(transfer_s, other) for other in others)
+    return out
