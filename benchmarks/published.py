@@ -272,21 +272,53 @@ LLAMAS = {
     "405B": (126, 16384, 53248, 128, 8),
 }
 GPT_VOCAB = 51200
+GPUS = {"V100": "v100", "A100": "a100-80", "H100": "h100-sxm", "H200": "h200", "B200": "b200", "MI30": "mi300x"}  # by how a name begins
+
+
+def header(path: str | Path) -> list[str]:
+    """The first line of a file. Raises InputError when it is no text."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            return next(csv.reader(f), [])
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path} is no CSV file", why=str(e)) from None
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a file is a table of all-reduce times."""
+    return header(path)[:1] == ["size(B)"]
 
 
 def read(path: str | Path) -> list[Run]:
-    """The runs of a CSV file with one of the known headers."""
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    if rows and "iteration time (ms)" in rows[0]:
-        return [_megatron(r) for r in rows]
-    if rows and "tokens_per_s_per_GPU" in rows[0]:
-        return [_torchtitan(r) for r in rows]
-    raise InputError(f"{path} has no known header", try_="a file with the header of vTrain's or torchtitan's runs")
+    """The runs of a CSV file with one of the known headers. Raises InputError that names the file and the row at fault."""
+    columns = header(path)
+    make = _megatron if "iteration time (ms)" in columns else _torchtitan if "tokens_per_s_per_GPU" in columns else None
+    if make is None:
+        raise InputError(f"{path} has no known header", try_="a file with the header of vTrain's or torchtitan's runs")
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        return _parsed(path, list(csv.DictReader(f)), make)
+
+
+def _parsed(path: str | Path, rows: Sequence[Any], make: Callable[[Any], C]) -> list[C]:
+    """Every row as `make` reads it."""
+    out = []
+    for i, row in enumerate(rows, 2):
+        try:
+            out.append(make(row))
+        except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError, AttributeError) as e:
+            missing = f"the column or name {e} is missing" if isinstance(e, KeyError) else str(e)
+            raise InputError(f"{path}, line {i}, cannot be read as a measured run", why=missing, try_="mend or drop the line") from None
+    return out
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, not a positive number")
+    return value
 
 
 def _megatron(row: dict[str, str]) -> Run:
-    n = {key: float(value) for key, value in row.items()}
+    n = {key: _positive(key, float(value)) for key, value in row.items()}
     hidden, t, d, p = (int(n[key]) for key in ("hidden size", "tensor parallelism", "data parallelism", "pipeline parallelism"))
     micro = int(n["micro batch"])
     several = n["# GPUs"] > 8
@@ -312,15 +344,15 @@ def _megatron(row: dict[str, str]) -> Run:
 
 
 def _torchtitan(row: dict[str, str]) -> Run:
-    size = row["model"].rsplit("-", 1)[1]
+    size = row["model"].rpartition("-")[2]
     layers, hidden, ffn, heads, kv = LLAMAS[size]
     degree = {name: int(n) for name, n in re.findall(r"(FSDP|TP|CP|PP)(\d+)", row["parallel"])}
     seq = next((int(value) for key, value in row.items() if key.startswith("seq") and value), 4096 if "llama2" in row["model"] else 8192)
     dp, cp, tp, pp = (degree.get(name, 1) for name in ("FSDP", "CP", "TP", "PP"))
     local, gpus = int(row["local_batch"]), int(row["GPUs"])
-    device = {"H100": "h100-sxm", "H200": "h200", "A100": "a100-80"}[row["gpu"][:4]]
+    device = GPUS[row["gpu"][:4]]
     kept = row["act_ckpt"]
-    rate = float(row["tokens_per_s_per_GPU"])
+    rate = _positive("tokens_per_s_per_GPU", float(row["tokens_per_s_per_GPU"]))
     return Run(
         f"{row['model']} {row['gpu'][:4]} {row['parallel']} {seq} {row['dtype']} {kept} compile={row['torch_compile']}",
         device,
@@ -351,12 +383,14 @@ def _torchtitan(row: dict[str, str]) -> Run:
 
 
 def read_table(path: str | Path) -> list[tuple[int, float, float]]:
-    """(devices, bytes, seconds) of a table of all-reduce times; the number of devices is in the file's name."""
+    """(devices, bytes, seconds) of a table of all-reduce times; the number of devices is in the file's name. Raises InputError."""
     found = re.search(r"GPU(\d+)", Path(path).name)
     if not found:
         raise InputError(f"the name of {path} does not tell how many devices reduce", try_="AR_GPU8_1M_1024M_LUT")
     with open(path, newline="", encoding="utf-8") as f:
-        return [(int(found[1]), float(row[0]), float(row[3]) / 1e9) for row in list(csv.reader(f))[1:]]
+        rows = [row for row in list(csv.reader(f))[1:] if row]
+    devices = int(found[1])
+    return _parsed(path, rows, lambda row: (devices, _positive("size", float(row[0])), _positive("time", float(row[3])) / 1e9))
 
 
 def tables_of(rows: Iterable[tuple[int, float, float]]) -> list[tuple[int, Curve]]:

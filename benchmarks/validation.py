@@ -30,7 +30,7 @@ import published
 import scatter
 import validation_local
 
-from netmind_autopar.ir.errors import AutoparError
+from netmind_autopar.ir.errors import AutoparError, InputError
 
 MEMORY = "torchtitan, peak memory"
 
@@ -98,12 +98,17 @@ def table_rows(paths: Sequence[Path], fit: bool, seed: int) -> tuple[list[dict[s
 
 
 def run_published(files: Sequence[str], fit: bool, seed: int) -> list[dict[str, Any]]:
-    paths = [found for f in files for found in (sorted(Path(f).iterdir()) if Path(f).is_dir() else [Path(f)])]
-    tables = [p for p in paths if p.name.startswith("AR_GPU")]
+    """One row per measured run or time of these files, and of what lies in these folders. Raises InputError for what cannot be read."""
+    named = [Path(f) for f in files if not Path(f).is_dir()]
+    found = [p for f in files if Path(f).is_dir() for p in sorted(Path(f).rglob("*")) if p.suffix == ".csv" or p.name.startswith("AR_GPU")]
+    paths = [p for p in (*found, *named) if not p.is_dir()]
+    tables = [p for p in paths if published.is_table(p)]
     rows, curves = table_rows(tables, fit, seed)
     for path in paths:
-        if path not in tables and path.suffix == ".csv":
+        if path not in tables:
             rows += run_rows(path, curves, fit, seed)
+    if not rows:
+        raise InputError("no measured run was found", where=", ".join(files), try_="files with the header of vTrain's or torchtitan's runs")
     return rows
 
 
@@ -125,8 +130,12 @@ def show_published(rows: Sequence[dict[str, Any]], show_all: bool) -> dict[str, 
     """The error table; its numbers."""
     for r in rows if show_all else ():
         mark = "fitted" if r["fitted"] else ""
-        print(f"{r['predicted_s'] * 1e3:>12.3f} ms {r['measured_s'] * 1e3:>12.3f} ms {r['error']:>+7.1%} {mark:<7} {r['run']}")
+        unit, scale = ("GiB", 1.0) if r["group"] == MEMORY else ("ms", 1e3)
+        numbers = f"{r['predicted'] * scale:>12.3f} {unit:<3} {r['measured'] * scale:>12.3f} {unit:<3} {r['error']:>+7.1%}"
+        print(f"{numbers} {mark:<7} {r['run']}")
     found = {group: summary([r for r in rows if r["group"] == group]) for group in dict.fromkeys(r["group"] for r in rows)}
+    if len(both := [group for group in found if group.startswith("vtrain, ")]) > 1:
+        found["vtrain, all"] = summary([r for r in rows if r["group"] in both])
     print(f"{'judged rows of':<24} {'rows':>5} {'fitted':>6} {'mean':>7} {'median':>7} {'worst':>7} {'ranks':>7}")
     for group, s in found.items():
         numbers = f"{s['mape_pct']:>6.1f}% {s['median_pct']:>6.1f}% {s['worst_pct']:>6.1f}% {s['rank_correlation']:>7.3f}"

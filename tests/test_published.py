@@ -104,6 +104,62 @@ def test_all_reduces_by_the_preset_and_by_curves() -> None:
     assert sum(r["fitted"] for r in fitted) == len(fitted) // 2
 
 
+BROKEN = {  # of the first row of a file: (text, what stands there instead, what the error says)
+    "a word": ("vtrain_one_node.csv", lambda t: t.replace("8,", "eight,", 1), "line 2"),
+    "no time": (
+        "vtrain_one_node.csv",
+        lambda t: "\n".join(line.rpartition(",")[0] + ",0" for line in t.splitlines()[1:]),
+        "not a positive",
+    ),
+    "a short row": ("vtrain_several_nodes.csv", lambda t: "175,512", "line 2"),
+    "not a number": ("vtrain_several_nodes.csv", lambda t: "nan" + ",1" * 11, "nan"),
+    "a model that is not known": ("torchtitan.csv", lambda t: t.splitlines()[1].replace("8B", "9B", 1), "9B"),
+    "a device that is not known": ("torchtitan.csv", lambda t: t.splitlines()[1].replace("H100", "X100", 1), "X100"),
+    "a rate of nothing": (
+        "torchtitan.csv",
+        lambda t: ",".join("0" if i == 11 else c for i, c in enumerate(t.splitlines()[1].split(","))),
+        "rate|per_s",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_file_is_an_error_that_names_the_line(what: str, tmp_path: Path) -> None:
+    name, damage, said = BROKEN[what]
+    text = (DATA / name).read_text()
+    first = text.splitlines()[0]
+    damaged = damage(text)
+    (tmp_path / name).write_text(damaged if damaged.startswith(first) else f"{first}\n{damaged}\n")
+    with pytest.raises(InputError, match=said):
+        published.read(tmp_path / name)
+
+
+def test_files_that_are_none_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "AR_GPU4_x").write_text("size(B),count,type,time(ns),busbw(GB/s)\n1048576,262144,float\n")
+    (tmp_path / "table.csv").write_text("size(B),count,type,time(ns),busbw(GB/s)\n1048576,262144,float,44210,1\n")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "none").mkdir()
+    cases = {
+        "AR_GPU4_x": "line 2",
+        "table.csv": "how many devices",
+        "bytes.csv": "no CSV",
+        "empty.csv": "header",
+        "none": "no measured run",
+    }
+    for name, said in cases.items():
+        with pytest.raises(InputError, match=said):
+            validation.run_published([str(tmp_path / name)], False, 0)
+
+
+def test_every_row_is_shown_and_groups_of_one_source_are_judged_together(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = validation.run_published([str(DATA)], False, 0)
+    found = validation.show_published(rows, True)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1 + len(found["groups"])
+    groups = found["groups"]
+    assert groups["vtrain, all"]["rows"] == groups["vtrain, one node"]["rows"] + groups["vtrain, several nodes"]["rows"]
+
+
 def test_more_work_takes_longer() -> None:
     run = next(r for r in published.read(DATA / "torchtitan.csv") if r.seq == 8192)
     c = published.FITTED[run.group]
