@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from elastic import BATCH, WIDTH, Data, Net
-from torch.distributed.device_mesh import init_device_mesh
 
 from netmind_autopar import Checkpoints, autoparallelize
 
@@ -24,11 +23,10 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def train(config: dict[str, Any], report: Report = lambda _: None) -> float:
-    """One worker. config: folder (that all workers see), steps. The process group is there already; the last loss."""
+    """One worker. config: folder (that all workers see), steps. Ray has started the process group, or the mesh does; the last loss."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    pm = autoparallelize(Net(), torch.zeros(BATCH, WIDTH), mesh)
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    pm = autoparallelize(Net(), torch.zeros(BATCH, WIDTH), f"dp={world}", baseline="fsdp")
     optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-3)
     data, value = Data(), float("nan")
     parts: dict[str, Any] = {"model": pm, "optimizer": optimizer, "data": data}
@@ -78,7 +76,6 @@ def main() -> int:
     config = {"folder": str(args.folder.absolute()), "steps": args.steps}
     if not args.worker:
         return under_ray(args.workers, config)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     loss = train(config)
     if os.environ["RANK"] == "0":
         print(f"loss {loss:.6f}")

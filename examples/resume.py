@@ -13,68 +13,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-
-from netmind_autopar import Checkpoints, autoparallelize
-
-BATCH, WIDTH = 24, 64
+from elastic import train
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Dropout(0.1), nn.Linear(4 * WIDTH, WIDTH))
+def losses_of(folder: Path, steps: int, stop: int) -> list[tuple[int, float]]:
+    """(step, loss) of the steps that this program ran: the loop of elastic.py."""
+    losses: list[tuple[int, float]] = []
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.body(x) - x.roll(1, -1)).square().mean()
+    def told(what: str, step: int, loss: float) -> None:
+        if what == "step":
+            losses.append((step, loss))
 
-
-class Data:
-    """Random batches, each a function of its number: the position is one integer."""
-
-    def __init__(self) -> None:
-        self.at = 0
-
-    def next(self) -> torch.Tensor:
-        self.at += 1
-        return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(self.at))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
-
-
-def train(folder: Path, steps: int, stop: int) -> list[tuple[int, float]]:
-    """(step, loss) of the steps that this program ran. stop: end after that step, as if the machine had been taken away."""
-    torch.distributed.init_process_group("gloo")
-    torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("dp",))
-    pm = autoparallelize(Net(), torch.zeros(BATCH, WIDTH), mesh)
-    optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    data = Data()
-    parts: dict[str, Any] = {"model": pm, "optimizer": optimizer, "scheduler": scheduler, "data": data}
-    losses = []
-    with Checkpoints(folder, keep_last=2) as checkpoints:
-        found = checkpoints.load_latest(**parts)
-        for step in range(found.step if found else 0, min(steps, stop)):
-            loss = pm(data.next())
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            losses.append((step, loss.item()))
-            if (step + 1) % 5 == 0:
-                checkpoints.save(step + 1, **parts)
-    if torch.distributed.get_rank() == 0 and losses:
+    train(folder, steps, stop=stop, told=told)
+    if os.environ["RANK"] == "0" and losses:
         print(f"steps {losses[0][0]} to {losses[-1][0]}: loss {losses[0][1]:.6f} → {losses[-1][1]:.6f}", flush=True)
-    torch.distributed.destroy_process_group()
     return losses
 
 
@@ -105,7 +58,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.demo:
         return demo(args.steps)
-    losses = train(args.folder, args.steps, args.stop)
+    losses = losses_of(args.folder, args.steps, args.stop)
     if args.losses and os.environ["RANK"] == "0":
         args.losses.write_text(json.dumps(losses))
     return 0

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from netmind_autopar.health.frames import place_of
-from netmind_autopar.health.judge import BUSY_S, Seen, Verdict, judge
+from netmind_autopar.health.judge import BUSY_S, Seen, Verdict, awaited, judge
 from netmind_autopar.health.progress import EVERY, Progress, mark_of
+from netmind_autopar.health.work import Work
 from netmind_autopar.ir.errors import (
     DivergedRankError,
     FailedRankError,
@@ -67,6 +68,28 @@ def test_one_that_does_not_come_is_named_with_its_line_and_the_collective() -> N
     assert apart is not None and (apart.kind, apart.rank) == ("diverged", 1) and save in apart.what
     late = judge([waits[0], Seen(1, said("ab", busy="planning"), still_s=BUSY_S + 1)], 30)
     assert late is not None and late.rank == 1  # work of which one knows must end some time too
+
+
+def test_one_at_work_is_waited_for_until_it_is_idle() -> None:
+    waits = Seen(0, said("abc", GATHER), still_s=100)
+    works, idle = (Seen(1, said("ab", where="eval.py:9") | {"idle_s": s}, still_s=100) for s in (2.0, 31.0))
+    assert judge([waits, works], 30) is None
+    assert "rank 1 is at work at eval.py:9" in awaited([waits, works], 30) and GATHER in awaited([waits, works], 30)
+    found = judge([waits, idle], 30)
+    assert found is not None and (found.kind, found.rank) == ("stalled", 1)
+    forever = judge([waits, Seen(1, works.said, still_s=BUSY_S + 1)], 30)
+    assert forever is not None and forever.kind == "stalled"
+    assert not awaited([Seen(0, said("abc", GATHER), still_s=9), works], 30)
+
+
+def test_work_shows_in_processor_time_and_files(tmp_path: Path) -> None:
+    work = Work()
+    time.sleep(0.7)
+    assert work.idle_s() >= 0.6
+    until = time.monotonic() + 0.7
+    while time.monotonic() < until:
+        sum(range(1000))
+    assert work.idle_s() == 0.0
 
 
 def test_one_that_runs_other_collectives_is_named_at_once() -> None:
@@ -199,6 +222,9 @@ for step in range(4000):
         if FAULT == "exit": sys.exit(0)
         if FAULT == "shape": pm(torch.zeros(4, 16))
         if FAULT == "value": next(b for b in pm.parameters() if b.dim() == 1)._local_tensor.view(torch.int32)[0] ^= 1
+        until = time.monotonic() + 10 * (FAULT == "work")
+        while time.monotonic() < until: sum(range(1000))
+    if FAULT == "work" and step == AT + 3: break
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step + 1000 * rank * (FAULT == "batch" and step > AT)))
     pm(x).backward()
     optimizer.step()
@@ -237,6 +263,17 @@ def test_trouble_on_one_rank_is_a_typed_error_on_every_rank(fault: str, tmp_path
         assert "all-gather over dp" in texts[0] or "all-reduce over dp" in texts[0] or "reduce-scatter over dp" in texts[0], texts[0][
             -1500:
         ]
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_a_rank_at_work_between_steps_is_waited_for(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    processes = started(f"exec(compile(open({str(script)!r}).read(), {str(script)!r}, 'exec'))", [0, 1], 2, FAULT="work")
+    texts = ended(processes)
+    assert [p.returncode for p in processes] == [0, 0], texts
+    assert "rank 1 is at work at train.py:" in texts[0]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 failed      a rank raised an error that nobody caught
 lost        its process is gone, or does not answer
 diverged    two ranks run different collectives
-stalled     others wait in a collective, and it does not come
+stalled     others wait in a collective, it does not come, and nothing shows that it is at work
 terminated  it was told to end
 """
 
@@ -61,7 +61,8 @@ class Verdict:
 class Seen:
     """A rank as others see it. silent_s: since it last said anything; still_s: since it got ahead. gone: its process is not there.
 
-    What it said: count, waiting, busy, where (the user's line), op, recent [(count, mark, name)], left (its program is over).
+    What it said: count, waiting, busy, where (the user's line), op, recent [(count, mark, name)], left (its program is over), idle_s
+    (since it last used its processor or files).
     """
 
     rank: int
@@ -77,6 +78,10 @@ class Seen:
     @property
     def busy(self) -> bool:
         return bool(self.said.get("busy"))
+
+    def patience_s(self, timeout_s: float) -> float:
+        """How long others wait for it: longer while it is known to be at work."""
+        return BUSY_S if self.busy or float(self.said.get("idle_s", BUSY_S)) <= timeout_s else timeout_s
 
     @property
     def left(self) -> bool:
@@ -151,6 +156,17 @@ def _diverged(ranks: Sequence[Seen]) -> Verdict | None:
     return None
 
 
+def awaited(ranks: Sequence[Seen], timeout_s: float) -> str:
+    """What to say of a rank that others wait for longer than `timeout_s`, and which is at work; nothing when there is none."""
+    waits = max((s.still_s for s in ranks if s.waiting), default=0.0)
+    s = next((s for s in ranks if not (s.waiting or s.left or s.busy) and s.still_s > timeout_s), None)
+    if s is None or waits <= timeout_s:
+        return ""
+    collective = where_others_are(ranks, s.rank)
+    at = s.said.get("where", "an unknown line")
+    return f"rank {s.rank} is at work at {at}; others wait for it in {collective}, up to {BUSY_S / 60:.0f} minutes"
+
+
 def _counted(s: Seen) -> bool:
     """Whether it waits in a collective that was counted when it was entered; those of the program's own and of checkpoints are not."""
     return any(name == s.waiting for _, _, name in s.said.get("recent", ()))
@@ -162,7 +178,7 @@ def _stalled(ranks: Sequence[Seen], timeout_s: float) -> Verdict | None:
     longest = max((s.still_s for s in waiting), default=0.0)
     if longest <= timeout_s:
         return None
-    late = [s for s in runs if not s.waiting and s.still_s > (BUSY_S if s.busy else timeout_s)]
+    late = [s for s in runs if not s.waiting and s.still_s > s.patience_s(timeout_s)]
     if late:
         s = late[0]
         collective = where_others_are(runs, s.rank)

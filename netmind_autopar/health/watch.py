@@ -26,9 +26,10 @@ import torch.distributed as dist
 from ..ir.errors import RankError
 from .ending import Ending
 from .frames import place_of
-from .judge import Verdict, judge, lost
+from .judge import Verdict, awaited, judge, lost
 from .peers import Peers
 from .progress import HERE
+from .work import Work
 
 BEAT_S = 1.0
 STILL_S = 0.9  # without progress, after which a rank looks where it is
@@ -94,6 +95,7 @@ class Watch:
         self._since = 0.0  # when the verdict came
         self._still = (("", 0), 0.0)
         self._last_look = False
+        self._work, self._told = Work(), ""
         self._stopped = threading.Event()
         self.peers.say(self._saying())
         self.ending = Ending(self)
@@ -200,6 +202,9 @@ class Watch:
         if found is None:
             ranks = self.peers.look(list(range(self.size)) if self.rank == 0 else [0, self.rank])
             found = judge(ranks, self.timeout_s) if self.rank == 0 else self._over_zero(ranks[0])
+            if self.rank == 0 and found is None and (text := awaited(ranks, self.timeout_s)) and text != self._told:
+                self._told = text
+                say(f"netmind-autopar: {text}")
             if found is None and self.rank:
                 self.peers.meet(_neighbours(self.rank, self.size))
                 gone = [r for r in self.peers.gone() if not self.peers._said.get(r, {}).get("left")]
@@ -256,6 +261,7 @@ class Watch:
         """What this rank is doing. Where it is is looked up when it stands still."""
         waiting, busy = HERE.waiting, HERE.busy
         said: dict[str, Any] = {"count": HERE.count, "recent": HERE.last(), "waiting": waiting, "busy": busy}
+        said["idle_s"] = self._work.idle_s()
         now = time.monotonic()
         if self._still[0] != (waiting, HERE.count):
             self._still = ((waiting, HERE.count), now)
