@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ hypothesis.settings.register_profile("project", derandomize=True, deadline=None,
 hypothesis.settings.load_profile("project")
 
 GOLDEN = Path(__file__).parent / "golden"
+SLOW = Path(__file__).parent / "slow.txt"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,13 +30,36 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["AUTOPAR_CACHE"] = "off"  # tests of the cache name a folder of their own
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_slow(config, items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def mark_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases of slow.txt are slow. Raises UsageError for one that is not there any more."""
+    names = {line.split(maxsplit=1)[1] for line in SLOW.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"}
+    here = {item.nodeid.removeprefix("tests/"): item for item in items}
+    for name in names & here.keys():
+        here[name].add_marker(pytest.mark.slow)
+    files = {name.partition("::")[0] for name in here}
+    if not any("::" in arg for arg in config.args) and (gone := [n for n in sorted(names - here.keys()) if n.partition("::")[0] in files]):
+        raise pytest.UsageError(f"tests/slow.txt names cases that are no more: {', '.join(gone)}")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and graphs are many small objects: collect garbage less often, which saves a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(20000, 10, 10)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

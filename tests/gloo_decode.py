@@ -1,24 +1,13 @@
-"""One process of a gloo run: greedy decoding through a module planned for inference, beside the eager model.
-
-Started by `tests/test_gloo_decode.py` as `python gloo_decode.py RANK WORLD STORE OUT CASES`, as gloo_worker.py is.
-"""
+"""A case of a gloo run, see gloo_worker.py: greedy decoding through a module planned for inference, beside the eager model."""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
-import traceback
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from test_inference import eager_decode, full, language_model, prefilled
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_inference import eager_decode, full, language_model, prefilled
 
 from netmind_autopar import autoparallelize
 from netmind_autopar.tracer.signature import flatten
@@ -27,7 +16,7 @@ from netmind_autopar.tracer.signature import flatten
 @torch.no_grad()
 def decode(case: dict) -> dict[str, float]:
     """The worst relative error of the logits, whether all tokens agree, and of the cache: its error, and pieces that lie split."""
-    model = language_model(case["model"])
+    model = language_model(case["decode"])
     eager = eager_decode(model, "static")
     token, cache = prefilled(model, "static")
     sizes = tuple(case["mesh"])
@@ -59,23 +48,3 @@ def decode(case: dict) -> dict[str, float]:
 
 def leaves(cache: object) -> list[tuple[str, torch.Tensor]]:
     return flatten(cache)[1]
-
-
-def main() -> None:
-    rank, world, store, out, cases = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), json.loads(sys.argv[5])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    results = []
-    for case in cases:
-        try:
-            results.append(decode(case))
-        except Exception:
-            results.append({"error": traceback.format_exc()})
-            break
-    if rank == 0 or "error" in results[-1]:
-        out.with_suffix(f".{rank}").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,13 @@
 """One process of a gloo run: trains models through autoparallelize and compares every step with the original.
 
-Started by `tests/test_gloo.py` as `python gloo_worker.py RANK WORLD STORE OUT CASES`; rank 0 writes a JSON list, one entry a case.
+Started by `gloo_ranks.py` as `python gloo_worker.py RANK WORLD`; a case is a dict, and so is its result.
 A case of `tests/test_gloo_zoo.py` names a model of the zoo: `gloo_zoo.py` runs it.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 import models
+from gloo_ranks import serve
 from test_exact import optimizers
 
 from netmind_autopar import AutoparError, autoparallelize
@@ -149,6 +148,10 @@ def run(case: dict) -> dict[str, Any]:
         import gloo_training
 
         return gloo_training.CASES[case["training"]](case)
+    if "decode" in case:
+        import gloo_decode
+
+        return gloo_decode.decode(case)
     if "zoo" in case:
         import gloo_zoo  # the whole zoo is imported by it: only where it is asked for
 
@@ -156,21 +159,5 @@ def run(case: dict) -> dict[str, Any]:
     return refuse(case) if "refusal" in case else train(case)
 
 
-def main() -> None:
-    rank, world, store, out, cases = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), json.loads(sys.argv[5])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    results = []
-    for case in cases:
-        try:
-            results.append(run(case))
-        except Exception:
-            results.append({"error": traceback.format_exc()})
-            break
-    if rank == 0 or "error" in results[-1] or "refusal" in cases[0]:
-        out.with_suffix(f".{rank}").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    serve(run)

@@ -14,9 +14,9 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import launch
 from random_plans import random_plan
 from random_saving import with_saving
-from test_gloo import launch
 from torch import Tensor, nn
 
 from netmind_autopar import autoparallelize

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_gloo import launch
+from gloo_ranks import launch
 from test_training import agree
 from torch import nn
 from torch.utils.data import DataLoader

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_gloo import launch
+from gloo_ranks import launch
 
 TOLERANCE = 1e-9
 MESHES = {3: ((3,),), 4: ((2, 2), (4,))}

@@ -12,9 +12,9 @@ from typing import Any
 import models
 import pytest
 import torch
+from gloo_ranks import launch
 from random_plans import random_plan
 from random_saving import with_saving
-from test_gloo import launch
 from torch import Tensor, fx, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -246,18 +246,24 @@ def test_the_predicted_peak_is_what_torch_tracks(family: str, count: int, mesh: 
     assert made.cost.peak_bytes == pytest.approx(peak, rel=0.02)
 
 
-def test_real_processes(tmp_path: Path) -> None:
+REAL = (
+    ("llama", "float32", 4, {}),
+    ("bert", "float64", 2, {"random_costs": 4}),
+    ("gpt2", "float64", 2, {}),
+    ("llama", "float64", 2, {"random_costs": 3}),
+)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("cases", [REAL[:2], pytest.param(REAL[2:], marks=pytest.mark.slow)], ids=["some", "others"])
+def test_real_processes(cases: list[tuple[str, str, int, dict]], tmp_path: Path) -> None:
     """Three optimizer steps on two processes equal one process, and send what was priced: gradients once a step."""
     work = [
         {"model": model, "mesh": (2,), "dtype": dtype, "optimizer": "adamw", "micro_batches": count, **odd}
-        for model, dtype, count, odd in (
-            ("gpt2", "float64", 2, {}),
-            ("llama", "float32", 4, {}),
-            ("llama", "float64", 2, {"random_costs": 3}),
-            ("bert", "float64", 2, {"random_costs": 4}),
-        )
+        for model, dtype, count, odd in cases
     ]
     for case, result in zip(work, launch(2, work, tmp_path), strict=True):
+        assert "error" not in result, result["error"]
         limit = {"float64": 1e-9, "float32": 1e-4}[case["dtype"]]
         assert all(result[key] <= limit for key in ("loss", "gradient", "buffer")), (case, result)
         assert result["bytes"] <= 1e-6, (case, result)

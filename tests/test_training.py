@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from gloo_ranks import launch
 from gloo_training import AVERAGES, OPTIMIZERS, SCHEDULERS
-from test_gloo import launch
 from torch import Tensor
 
 from netmind_autopar.ir.errors import InputError
