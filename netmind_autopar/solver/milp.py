@@ -59,68 +59,59 @@ def solve(model: Model, *, time_limit: float, gap: float, cbc: bool = False, rel
     """Solve to a relative `gap` within `time_limit` seconds. CBC is used when HiGHS is missing or `cbc` is set.
 
     nodes: branch at most this often (HiGHS); unlike a time limit it cuts at the same place on every machine.
-    relax: binary variables may take any value from 0 to 1.
+    relax: binary variables may take any value from 0 to 1; duals: how much the objective falls when a row is relaxed by one.
     """
     if not model.cost:
         return Result(OPTIMAL, np.zeros(0), 0.0, 0.0)
-    problem, variables = _to_pulp(model, relax)
-    highs = not cbc and pulp.HiGHS(msg=False).available()
-    if highs:
-        work = {} if nodes is None else {"mip_max_nodes": nodes}
-        solver = pulp.HiGHS(msg=False, threads=THREADS, timeLimit=max(time_limit, 0.1), gapRel=gap, gapAbs=0.0, random_seed=0, **work)
-    else:
-        solver = pulp.PULP_CBC_CMD(msg=False, threads=THREADS, timeLimit=max(time_limit, 1.0), gapRel=gap)
+    if cbc or not pulp.HiGHS(msg=False).available():
+        return _by_cbc(model, time_limit, gap, relax)
+    binary = np.array(model.binary, bool)
+    live = Live(np.array(model.cost), np.where(binary, 1.0, math.inf))
+    terms = [(j, a) for row, _, _ in model.rows for j, a in row.items() if a]
+    start = np.cumsum([0, *(sum(map(bool, row.values())) for row, _, _ in model.rows)])
+    low, high = (np.array([row[side] for row in model.rows], np.float64) for side in (1, 2))
+    live.rows(start, np.array([j for j, _ in terms], np.int32), np.array([a for _, a in terms], np.float64), low, high)
+    if relax or not binary.any():
+        found = live.relax(time_limit)
+        return found if found.duals is None else replace(found, duals=np.abs(found.duals))
+    return live.whole(np.flatnonzero(binary), time_limit=time_limit, gap=gap, nodes=nodes)
+
+
+def _by_cbc(model: Model, time_limit: float, gap: float, relax: bool) -> Result:
+    """Through PuLP's own model, which every one of its solvers takes. CBC through PuLP tells no bound: only what an optimal end implies."""
+    problem, variables, rows = _to_pulp(model, relax)
     try:
-        problem.solve(solver)
-    except KeyError:  # PuLP knows no word for HiGHS' node limit; the values are there by then
-        found = highs and problem.solverModel is not None and math.isfinite(problem.solverModel.getInfo().objective_function_value)
-        problem.sol_status = pulp.LpSolutionIntegerFeasible if found else pulp.LpSolutionNoSolutionFound
-    except (pulp.PulpSolverError, IndexError) as e:  # IndexError: PuLP reads values that an infeasible HiGHS model does not have
-        if highs and problem.solverModel is not None and str(problem.solverModel.getModelStatus()).endswith("Infeasible"):
-            return Result(INFEASIBLE, None, math.inf, math.inf)
-        raise SolverError("the ILP solver failed", why=str(e), try_="raise time_limit, or reinstall highspy") from None
-    found = _result(problem, variables, highs, model, gap)
-    return replace(found, duals=_duals(problem, len(model.rows))) if relax and found.values is not None else found
+        problem.solve(pulp.PULP_CBC_CMD(msg=False, threads=THREADS, timeLimit=max(time_limit, 1.0), gapRel=gap))
+    except pulp.PulpSolverError as e:
+        raise SolverError("the ILP solver failed", why=str(e), try_="raise time_limit, or install highspy") from None
+    if pulp.LpStatusInfeasible in (problem.status, problem.sol_status):
+        return Result(INFEASIBLE, None, math.inf, math.inf)
+    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return Result(UNKNOWN, None, math.inf, -math.inf)
+    values = np.array([v.varValue or 0.0 for v in variables])
+    objective = float(np.dot(values, model.cost))
+    done = problem.sol_status == pulp.LpSolutionOptimal
+    duals = np.array([sum(abs(side.pi or 0.0) for side in row) for row in rows]) if relax else None
+    return Result(OPTIMAL if done else FEASIBLE, values, objective, objective - gap * abs(objective) if done else -math.inf, duals)
 
 
-def _duals(problem: pulp.LpProblem, rows: int) -> np.ndarray:
-    """How much the objective falls when a row is relaxed by one, per row; 0 for rows that do not bind."""
-    found = problem.constraintsDict() if hasattr(problem, "constraintsDict") else problem.constraints
-    return np.array([sum(abs(found[f"{kind}{i}"].pi or 0.0) for kind in "eul" if f"{kind}{i}" in found) for i in range(rows)])
-
-
-def _to_pulp(model: Model, relax: bool = False) -> tuple[pulp.LpProblem, list[pulp.LpVariable]]:
+def _to_pulp(model: Model, relax: bool) -> tuple[pulp.LpProblem, list[pulp.LpVariable], list[list[pulp.LpConstraint]]]:
+    """The problem, its variables, and per row of the model what holds its two sides (one where they are equal)."""
     problem = pulp.LpProblem("autopar", pulp.LpMinimize)
     kinds = (pulp.LpContinuous, pulp.LpContinuous if relax else pulp.LpBinary)
     variables = [pulp.LpVariable(f"v{i}", 0, None if not b else 1, kinds[b]) for i, b in enumerate(model.binary)]
     problem.addVariables(variables)
     problem.setObjective(pulp.LpAffineExpression([(v, c) for v, c in zip(variables, model.cost, strict=True) if c]))
+    rows: list[list[pulp.LpConstraint]] = []
     for i, (terms, low, high) in enumerate(model.rows):
         body = pulp.LpAffineExpression([(variables[j], a) for j, a in terms.items() if a])
-        if low == high:
-            problem.addConstraint(pulp.LpConstraint(body, pulp.LpConstraintEQ, rhs=low), f"e{i}")
-            continue
-        if high < math.inf:
-            problem.addConstraint(pulp.LpConstraint(body, pulp.LpConstraintLE, rhs=high), f"u{i}")
-        if low > -math.inf:
-            problem.addConstraint(pulp.LpConstraint(body, pulp.LpConstraintGE, rhs=low), f"l{i}")
-    return problem, variables
-
-
-def _result(problem: pulp.LpProblem, variables: list[pulp.LpVariable], highs: bool, model: Model, gap: float) -> Result:
-    if problem.sol_status == pulp.LpSolutionInfeasible:
-        return Result(INFEASIBLE, None, math.inf, math.inf)
-    bound = -math.inf
-    info = problem.solverModel.getInfo() if highs else None
-    if info is not None:
-        bound = info.mip_dual_bound if problem.isMIP() else info.objective_function_value
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return Result(UNKNOWN, None, math.inf, bound)
-    values = np.array([v.varValue or 0.0 for v in variables])
-    objective = float(np.dot(values, model.cost))
-    if not highs:  # CBC through PuLP tells no bound: only what an optimal end implies
-        bound = objective - gap * abs(objective) if problem.sol_status == pulp.LpSolutionOptimal else -math.inf
-    return Result(OPTIMAL if problem.sol_status == pulp.LpSolutionOptimal else FEASIBLE, values, objective, min(bound, objective))
+        sides = ((low, pulp.LpConstraintGE, "l"), (high, pulp.LpConstraintLE, "u")) if low != high else ((low, pulp.LpConstraintEQ, "e"),)
+        rows.append([])
+        for end, sense, kind in sides:
+            if abs(end) < math.inf:
+                rows[-1].append(pulp.LpConstraint(body, sense, rhs=end))
+                problem.addConstraint(rows[-1][-1], f"{kind}{i}")
+    return problem, variables, rows
 
 
 class Live:
@@ -171,7 +162,7 @@ class Live:
         if word.endswith("kOptimal"):
             objective = self.highs.getInfo().objective_function_value
             return Result(OPTIMAL, np.array(found.col_value), objective, objective, np.array(found.row_dual))
-        return Result(INFEASIBLE if word.endswith("kInfeasible") else UNKNOWN, None, math.inf, -math.inf)
+        return Result(INFEASIBLE, None, math.inf, math.inf) if _infeasible(word) else Result(UNKNOWN, None, math.inf, -math.inf)
 
     def whole(
         self, columns: np.ndarray, *, time_limit: float, gap: float, nodes: int | None = None, first: np.ndarray | None = None
@@ -193,9 +184,16 @@ class Live:
         values = np.array(self.highs.getSolution().col_value)
         found = info.primal_solution_status == 2 and len(values) == self.columns
         self.highs.changeColsIntegrality(n, columns, np.zeros(n, np.uint8))
-        if word.endswith("kInfeasible"):
+        if _infeasible(word):
             return Result(INFEASIBLE, None, math.inf, math.inf)
         if not found:
             return Result(UNKNOWN, None, math.inf, info.mip_dual_bound)
         objective = float(info.objective_function_value)
         return Result(OPTIMAL if word.endswith("kOptimal") else FEASIBLE, values, objective, min(info.mip_dual_bound, objective))
+
+
+def _infeasible(word: str) -> bool:
+    """What HiGHS' status says; what cannot run is a SolverError. No model here is unbounded: costs and variables are at least 0."""
+    if word.endswith("Error"):
+        raise SolverError("the ILP solver failed", why=f"HiGHS: {word}", try_="report it with the model that was planned")
+    return word.endswith("Infeasible")

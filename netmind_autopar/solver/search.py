@@ -28,8 +28,9 @@ from .progress import Goal, State
 from .shard import Shard, Solution, dual_prices, solve_ilp
 
 MOST_CELLS = 16_000  # pairs of states that the ILP is built for
-PROBE_CELLS = 8_000  # and those of an ILP on the way, in these rounds of bounding:
-PROBES = (1, 3, 7, 15)
+PROBE_CELLS = 8_000  # and those of an ILP on the way,
+PROBES = 4  # of so many
+STALLS = 2e-2  # of the gap: bounding that gains less between two plans has come to its end
 PRUNE_SWEEPS = 4  # after so many sweeps a plan is tried, and what it rules out goes
 FAR = 1.5  # of the bytes wished for: what is far more
 SMALL_CELLS = 1_500  # an ILP of this size is solved as it is
@@ -91,30 +92,40 @@ def _tighten(
     relaxed.reprice(prices, 0.0)
     if near is not None:
         state.offer(problem, local.descend(near))
-    for round_ in range(rounds):
-        start = relaxed.bound()
-        for sweep in range(sweeps):
-            relaxed.rebalance()
-            if sweep % PRUNE_SWEEPS != PRUNE_SWEEPS - 1:
-                relaxed.sweep()
-                continue
-            before = relaxed.bound()
-            choice, excess = relaxed.sweep()
-            known = state.best_s
-            state.offer(problem, local.descend(choice))
-            if state.best_s < known or sweep == sweeps - 1:
-                state.bound, state.base, state.excess = before, before, excess
-                _prune(state, relaxed, excess, before)
-                local.kept = state.kept
-            if goal.met(state):
+    probes = 0
+    for _ in range(rounds):
+        stalls = _round(problem, state, relaxed, local, goal, sweeps)
+        if goal.met(state) or goal.is_far(problem, state) or time.monotonic() > deadline or cells(problem, state.kept) <= MOST_CELLS:
+            break
+        if rounds > 1 and stalls:
+            probes += 1
+            if probes > PROBES or not _probe(problem, state, deadline):
                 break
-        if goal.met(state) or goal.is_far(problem, state) or time.monotonic() > deadline:
-            break
-        if cells(problem, state.kept) <= MOST_CELLS or relaxed.bound() - start < 1e-5 * abs(start):
-            break
-        if round_ in PROBES:
-            _probe(problem, state, deadline)
+            _prune(state, relaxed, state.excess or [], state.base)
+            local.kept = state.kept
     return state
+
+
+def _round(problem: Problem, state: State, relaxed: Relaxed, local: Local, goal: Goal, sweeps: int) -> bool:
+    """So many sweeps, fewer when they no longer help. True then."""
+    for sweep in range(sweeps):
+        relaxed.rebalance()
+        if sweep % PRUNE_SWEEPS != PRUNE_SWEEPS - 1:
+            relaxed.sweep()
+            continue
+        before = relaxed.bound()
+        choice, excess = relaxed.sweep()
+        known, gain = state.best_s, before - state.base
+        state.offer(problem, local.descend(choice))
+        if before > state.base or state.best_s < known:
+            state.bound, state.base, state.excess = before, before, excess
+            _prune(state, relaxed, excess, before)
+            local.kept = state.kept
+        if goal.met(state):
+            break
+        if state.best_s == known and gain < STALLS * (state.best_s - before):
+            return True
+    return False
 
 
 def _prune(state: State, relaxed: Relaxed, excess: list[np.ndarray], bound: float) -> None:
@@ -126,13 +137,15 @@ def _prune(state: State, relaxed: Relaxed, excess: list[np.ndarray], bound: floa
     state.kept = smaller
 
 
-def _probe(problem: Problem, state: State, deadline: float) -> None:
-    """A better plan from the ILP over the most promising strategies: the cheaper the plan in hand, the more is pruned."""
+def _probe(problem: Problem, state: State, deadline: float) -> bool:
+    """Whether there is a better plan from the ILP over the most promising strategies: the cheaper the plan in hand, the more is pruned."""
     kept, _ = _narrow(problem, state, PROBE_CELLS)
     left = max(deadline - time.monotonic(), 1.0)
     found = solve_ilp(problem, kept, time_limit=left, gap=1e-3, scale=state.scale, incumbent=state.best, nodes=NODES)
+    known = state.best_s
     if found.choice is not None:
         state.offer(problem, found.choice)
+    return state.best_s < known
 
 
 def _filtered(excess: list[np.ndarray], old: Kept, new: Kept) -> list[np.ndarray]:

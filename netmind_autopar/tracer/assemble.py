@@ -17,7 +17,7 @@ from .signature import Call, Selection
 
 @dataclass
 class Traced:
-    """The joint graph with the meaning of its ends, see `torch_private.joint`. The first input is the seed."""
+    """The joint graph with the meaning of its ends, see `joint.Joint`. The first input is the seed."""
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor]

@@ -23,6 +23,7 @@ from . import clone, repeat, torch_private
 from .assemble import Traced, assemble
 from .functions import Kept, check_hooks
 from .fusion import fuse_graph
+from .joint import joint
 from .masks import eager_masks
 from .normalize import DECOMPOSITIONS, Random, normalize, number_draws
 from .origin import module_path, where
@@ -173,7 +174,7 @@ def _trace(
         if mode == "inference":  # only now: models decide by requires_grad which of two equal ways they go
             for tensor in (*exported.parameters(), *args):
                 tensor.requires_grad_(False)
-        traced = Traced(*torch_private.joint(exported, args, DECOMPOSITIONS), fuse, unfused)
+        traced = Traced(*joint(exported, args, DECOMPOSITIONS), fuse, unfused)
         _check_complete(traced, wrapper, lines, mode)
         return traced
     except Exception as error:
