@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -117,9 +118,11 @@ def overlap(case: dict) -> dict[str, float]:
 
 
 def flights(case: dict) -> dict[str, int]:
-    """Many small all-gathers on their way at once, and others between them: how many bring something wrong."""
-    rank, wrong = dist.get_rank(), 0
+    """Many small all-gathers started, and others between them: how many bring something wrong, and how many gloo has at a time."""
+    rank, wrong, most = dist.get_rank(), 0, 0
     wire = ProcessWire([dist.group.WORLD.group_name], (2,), (rank,))  # type: ignore[union-attr]
+    if case.get("at will"):
+        wire._settle = lambda step: None  # type: ignore[method-assign]
     wholes = [torch.arange(32.0 * n).reshape(2 * n, 16) + n for n in (1, 5, 2, 7, 3, 8, 4, 6, 2, 1) * 6]
     bound = []
     for whole in wholes:
@@ -130,13 +133,14 @@ def flights(case: dict) -> dict[str, int]:
         flying: list[tuple[Any, torch.Tensor]] = []
         for i, (gather, whole) in enumerate(zip(bound, wholes, strict=True)):
             flying.append((gather.start(whole.chunk(2)[rank].clone()), whole))
+            most = max(most, _get_work_registry_size())
             if i % 3 == 0:
                 wrong += not torch.equal(gather(whole.chunk(2)[rank].clone()), whole)
             if len(flying) > 12:
                 started, want = flying.pop(0)
                 wrong += not torch.equal(started.wait(), want)
         wrong += sum(not torch.equal(started.wait(), want) for started, want in flying)
-    return {"wrong": wrong}
+    return {"wrong": wrong, "at once": most}
 
 
 def run(case: dict) -> dict[str, Any]:
