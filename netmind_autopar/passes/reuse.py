@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from ..ir.program import is_getitem, source, tensor_args
 from ..runtime.collectives import LOCAL_KINDS, MOVES, STARTS, wait
@@ -32,7 +31,7 @@ class Reuse:
     over: the operand that is written. within: all-reduces that reduce in their operand's memory.
     """
 
-    instead: dict[fx.Node, tuple[OpOverload, str | None]] = field(default_factory=dict)
+    instead: dict[fx.Node, tuple[torch._ops.OpOverload, str | None]] = field(default_factory=dict)
     over: dict[fx.Node, fx.Node] = field(default_factory=dict)
     within: set[fx.Node] = field(default_factory=set)
 
@@ -97,14 +96,14 @@ def _owners(order: Sequence[fx.Node]) -> tuple[dict[fx.Node, frozenset[Storage]]
 def _gives_new(node: fx.Node) -> bool:
     """An op of PyTorch's own whose outputs are new memory, each its own."""
     op = node.target
-    if not isinstance(op, OpOverload) or op.namespace != "aten" or op in _SHARES or op._schema.is_mutable:
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or op in _SHARES or op._schema.is_mutable:
         return False
     return all(r.alias_info is None and isinstance(r.type, torch.TensorType) for r in op._schema.returns)
 
 
 def _is_view(node: fx.Node) -> bool:
     op = node.target
-    return isinstance(op, OpOverload) and op.namespace == "aten" and not op._schema.is_mutable
+    return isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and not op._schema.is_mutable
 
 
 def _alike(arg: fx.Node, node: fx.Node, owners: dict[fx.Node, frozenset[Storage]]) -> bool:
@@ -119,7 +118,7 @@ def _alike(arg: fx.Node, node: fx.Node, owners: dict[fx.Node, frozenset[Storage]
 
 def _is_elementwise(node: fx.Node) -> bool:
     op = node.target
-    if not isinstance(op, OpOverload) or op.namespace != "aten" or not isinstance(node.meta["val"], Tensor):
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not isinstance(node.meta["val"], Tensor):
         return False
     return torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags and _gives_new(node)
 
@@ -134,7 +133,7 @@ def _find(node: fx.Node, dying: Sequence[fx.Node], found: Reuse) -> None:
             return
 
 
-def _inplace(op: OpOverload) -> tuple[OpOverload, None] | None:
+def _inplace(op: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, None] | None:
     """`mul_.Tensor` of `mul.Tensor`."""
     packet = getattr(torch.ops.aten, f"{op._schema.name.removeprefix('aten::')}_", None)
     if packet is None or op._overloadname not in packet.overloads():
@@ -143,7 +142,7 @@ def _inplace(op: OpOverload) -> tuple[OpOverload, None] | None:
     return (found, None) if _takes(found) == _takes(op) and torch.Tag.generated not in found.tags else None
 
 
-def _out(op: OpOverload) -> tuple[OpOverload, str] | None:
+def _out(op: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, str] | None:
     """`tanh_backward.grad_input` of `tanh_backward`: writes into an argument of that name. Those that only copy are no gain."""
     packet = op.overloadpacket
     for name in packet.overloads():
@@ -154,6 +153,6 @@ def _out(op: OpOverload) -> tuple[OpOverload, str] | None:
     return None
 
 
-def _takes(op: OpOverload) -> list[tuple[str, str]]:
+def _takes(op: torch._ops.OpOverload) -> list[tuple[str, str]]:
     """Names and types of what an op takes, but for where it writes."""
     return [(a.name, str(a.type)) for a in op._schema.arguments if not a.is_out]
