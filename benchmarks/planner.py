@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ def folded() -> Iterator[Row]:
             module.classes = decide.classes = names  # type: ignore[assignment]
             try:
                 mesh = make_mesh("dp=8,tp=4", "h100-sxm")
+                mesh = replace(mesh, device=replace(mesh.device, fragmentation=0.0))  # the limit is of tensors
                 found = solve_problem(work.build().problem, gap=1e-6) if limit is None else None
                 steps[fold] = (
                     found.seconds if found else plan_program(work.program, mesh, lambda _: None, memory=limit, micro_batches=1).cost.step_s

@@ -201,7 +201,7 @@ def _memory(plan: Plan) -> Group:
     held = {name: value for name, value in plan.cost.memory if value}
     total = sum(held.values())
     for name, value in held.items():
-        label = f"optimizer ({plan.optimizer})" if name == "optimizer" else name
+        label = f"optimizer ({plan.optimizer})" if name == "optimizer" else name.replace("_", " ")
         table.add_row(label, size(value), f"{value / total:.0%}", _bar(value / total))
     return _section("Memory per device at the peak", table)
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from netmind_autopar.costs.compute import FREE, short_name
 from netmind_autopar.costs.memory import optimizer_states
 from netmind_autopar.ir.local import resolve
 from netmind_autopar.ir.plan import Memory, Plan
@@ -42,6 +43,8 @@ class Storages(TorchDispatchMode):
         self.born: list[int] = []
         self.died: dict[int, int] = {}
         self.known: dict[int, int] = {}
+        self.sending = False  # a move or a bucket runs
+        self.sent: set[int] = set()  # storages that are there for one alone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -60,6 +63,7 @@ class Storages(TorchDispatchMode):
         if key not in self.known:
             number = self.known[key] = len(self.size)
             self.size.append(storage.nbytes())
+            self.sent |= {number} if self.sending else set()
             self.born.append(self.step)
             self.now += storage.nbytes()
             weakref.finalize(storage, self._drop, key, number).atexit = False
@@ -86,6 +90,7 @@ class _Walk:
     program: Program
     sizes: tuple[int, ...]
     coord: tuple[int, ...]
+    storages: Storages
 
     def run(self, nodes: Sequence[fx.Node], env: dict[fx.Node, Any], keep: set[fx.Node]) -> None:
         """Run `nodes`, dropping every name after its last use unless it is in `keep`."""
@@ -94,10 +99,22 @@ class _Walk:
         for arg, node in last.items():
             dead.setdefault(node, []).append(arg)
         for node in nodes:
+            self.storages.sending = node.target in (*MOVES, *BUCKETS, wait)
             env[node] = self.value(node, env)
+            if self.storages.sending and node.target not in STARTS and not self.gathers(node):
+                self.storages.sent -= {self.storages.add(t) for t in tree_leaves(env[node])}  # a result like any other
             for arg in (*dead.get(node, ()), *(() if node in last else (node,))):
                 if arg not in keep:
                     env.pop(arg, None)
+
+    def gathers(self, node: fx.Node) -> bool:
+        """Whether a move, or the wait for one, makes a parameter larger, or a view or a cast of one."""
+        at, sent = node, []
+        while at.op == "call_function" and (at.target in (*MOVES, wait) or short_name(at) in {*FREE, "_to_copy"}):
+            sent += [at.args[1]] if at.target in MOVES else []
+            at = tensor_args(at)[0]
+        roles = {i.node: i.role for i in self.program.inputs}
+        return roles.get(at.name) == "param" and any(kind == "all_gather" for kind in sent)
 
     def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
@@ -163,7 +180,8 @@ def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = N
     program, its specs and the optimizer's state count.
     """
     at = coord or (0,) * len(plan.sizes)
-    walk, storages = _Walk(program, plan.sizes, at), Storages()
+    storages = Storages()
+    walk = _Walk(program, plan.sizes, at, storages)
     env: dict[fx.Node, Any] = {}
     tensors: dict[str, Tensor] = {}
     nodes = {node.name: node for node in program.graph.nodes}
@@ -196,12 +214,13 @@ def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = N
 
 
 def _categories(storages: Storages, boundary: int, grads: Sequence[Tensor]) -> dict[str, int]:
-    """Bytes at the peak: gradients, activations (made in forward, alive in backward) and transients."""
+    """Bytes at the peak: gradients, communication buffers, activations (made in forward, alive in backward) and transients."""
     final = {storages.add(t) for t in grads}
     out = dict.fromkeys(Memory.model_fields, 0)
     for n in storages.alive(storages.peak_step):
         kept = storages.born[n] <= boundary < storages.died.get(n, math.inf)
-        out["gradients" if n in final else "activations" if kept else "transients"] += storages.size[n]
+        name = "communication_buffers" if n in storages.sent else "activations" if kept else "transients"
+        out["gradients" if n in final else name] += storages.size[n]
     return out
 
 

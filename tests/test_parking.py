@@ -53,7 +53,7 @@ def model() -> tuple:
 def task(states: int = 2, host_limit: int | None = None) -> Task:
     program = capture(*model())
     links = make_mesh("a=2,b=2", "h100-sxm")
-    links = replace(links, device=replace(links.device, host_memory_bytes=host_limit))
+    links = replace(links, device=replace(links.device, host_memory_bytes=host_limit, fragmentation=0.0))  # limits are of tensors
     return Task(program, bind_program(program), links, Conversions(links), "global", states, offload=True)
 
 

@@ -58,6 +58,17 @@ def test_solve_time_is_not_in_the_file() -> None:
     assert example().timed(1.5).solve_s == 1.5
 
 
+def test_a_file_from_before_the_last_categories_of_memory_loads() -> None:
+    data = json.loads(example().dumps())
+    for name in ("communication_buffers", "fragmentation"):
+        assert data["cost"]["memory"].pop(name) == 0
+    assert Plan.loads(json.dumps(data)) == example()
+    data["cost"]["memory"]["pinned"] = 1
+    with pytest.raises(PlanError, match="not valid") as caught:
+        Plan.loads(json.dumps(data))
+    assert "cost.memory.pinned" in caught.value.where
+
+
 def test_every_truncation_is_refused() -> None:
     text = example().dumps().rstrip()
     for end in range(0, len(text), 7):

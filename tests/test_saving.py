@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import models
 import numpy as np
@@ -45,6 +46,7 @@ def task(name: str, mesh: str, random_costs: int | None = None) -> Task:
     MODELS[name] = model, inputs
     program = capture(model, inputs)
     links = make_mesh(mesh, "h100-sxm")
+    links = replace(links, device=replace(links.device, fragmentation=0.0))  # limits here are of tensors
     return Task(program, bind_program(program), links, Conversions(links, random_costs), "global", 2)
 
 

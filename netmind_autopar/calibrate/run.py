@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..costs.device import ClusterProfile
-from ..costs.presets import host_memory_bytes
+from ..costs.presets import FRAGMENTATION, host_memory_bytes
 from ..ir.errors import InputError, ProfileError
 from ..ir.mesh import Device
 from . import fit
@@ -159,6 +159,7 @@ def profile_of(task: Mapping[str, Any], found: Sequence[Mapping[str, Any]], seco
         "device": {
             "name": device.name,
             "memory_bytes": device.memory_bytes,
+            "fragmentation": device.fragmentation,
             "memory_bandwidth_bytes_s": device.memory_bandwidth_bytes_s,
             "host_bandwidth_bytes_s": device.host_bandwidth_bytes_s,
             "host_memory_bytes": host_memory_bytes() // task["ranks"],
@@ -219,7 +220,9 @@ def device_of(task: Mapping[str, Any], points: Sequence[fit.Point], found: Seque
         raise ProfileError("too few ops could be measured in the time", why="no matrix product was", try_="more --seconds")
     name = torch.cuda.get_device_name() if task["device"] == "cuda" else "cpu"
     host = min(amounts[way] / rest[way] for way in ("host.out", "host.back"))
-    return Device(name, tuple(sorted(peak.items())), task["memory_bytes"], amounts["copy"] / rest["copy"], host, rest["launch"])
+    lost = FRAGMENTATION if task["device"] == "cuda" else 0.0
+    rates = amounts["copy"] / rest["copy"], host, rest["launch"]
+    return Device(name, tuple(sorted(peak.items())), task["memory_bytes"], *rates, fragmentation=lost)
 
 
 def save(profile: ClusterProfile, path: str | Path) -> None:

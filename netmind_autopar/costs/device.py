@@ -12,6 +12,7 @@ A profile is a .toml or .json file (examples/cluster.toml). Every number is requ
     launch_s = 4e-6                   fixed price of one kernel
     host_memory_bytes = 250_000_000_000      optional: this device's share of its node's memory; twice memory_bytes when left out
     disk_bandwidth_bytes_s = 3.5e9           optional: its share of its node's disks, writing; 1e9 when left out
+    fragmentation = 0.068             optional: what the allocator loses, as a part of the tensors' bytes at the peak; 0 when left out
     [device.peak_flops]               FLOP/s by dtype name; float32 is required, unlisted dtypes run at its rate
     float32 = 67e12
     bfloat16 = 989e12
@@ -117,6 +118,7 @@ class DeviceProfile(_Part):
     peak_flops: dict[str, Flops]
     host_memory_bytes: MemoryBytes = 0
     disk_bandwidth_bytes_s: Rate = 1e9
+    fragmentation: Part = 0.0
     curves: list[CurveProfile] = []
 
     @field_validator("peak_flops")
@@ -322,6 +324,7 @@ def _device(profile: DeviceProfile, memory_bytes: int, host_memory_bytes: int) -
         profile.launch_s,
         host_memory_bytes=host_memory_bytes,
         disk_bandwidth_bytes_s=profile.disk_bandwidth_bytes_s,
+        fragmentation=profile.fragmentation,
         curves=tuple(c.curve() for c in profile.curves),
     )
 

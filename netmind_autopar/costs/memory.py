@@ -6,11 +6,13 @@ An interval (start, end, bytes, category) is alive at every moment m with start 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ..ir.errors import InputError
+from ..ir.mesh import Device
 from ..ir.plan import Memory
 
 CATEGORIES = tuple(Memory.model_fields)
@@ -48,6 +50,21 @@ def optimizer_states(name: str) -> int:
             try_=f"one of {', '.join(OPTIMIZER_STATES)}: take one that keeps as many tensors per parameter",
         )
     return OPTIMIZER_STATES[name]
+
+
+def lost(tensors: int, device: Device) -> int:
+    """Bytes that the allocator loses when so many are in tensors."""
+    return math.floor(tensors * device.fragmentation)
+
+
+def room(limit: int, device: Device) -> int:
+    """The most bytes of tensors that fit into `limit` with what the allocator loses: where every limit is taken from."""
+    tensors = int(limit / (1.0 + device.fragmentation)) if device.fragmentation else limit
+    while tensors + 1 + lost(tensors + 1, device) <= limit:
+        tensors += 1
+    while tensors + lost(tensors, device) > limit:
+        tensors -= 1
+    return tensors
 
 
 def usage(intervals: Iterable[Interval], moments: int) -> np.ndarray:

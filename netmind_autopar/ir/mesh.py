@@ -51,6 +51,7 @@ class Device:
 
     host_memory_bytes, disk_bandwidth_bytes_s: its share of its node's memory (None: no limit) and disks.
     curves: where measured, seconds of ops and classes of ops; they are used instead of rates and efficiencies.
+    fragmentation: bytes that the allocator loses, as a part of those of the tensors alive at the peak.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Device:
     curves: tuple[Curve, ...] = ()
     host_memory_bytes: int | None = None
     disk_bandwidth_bytes_s: float = 1e9
+    fragmentation: float = 0.0
 
     def flops(self, dtype: str) -> float:
         rates = dict(self.peak_flops)

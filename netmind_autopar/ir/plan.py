@@ -137,7 +137,11 @@ class PlanDevice(Part):
 
 
 class Memory(Part):
-    """Predicted peak of the fullest device, by category, at the moment of the peak."""
+    """Predicted peak of the fullest device, by category, at the moment of the peak. The sum is the peak.
+
+    communication_buffers: what conversions pack, receive and join while they run, buckets of gradients among it, and parameters that were
+    gathered. fragmentation: what the allocator loses between tensors, as the device's profile has it.
+    """
 
     parameters: Bytes = 0
     gradients: Bytes = 0
@@ -145,6 +149,8 @@ class Memory(Part):
     activations: Bytes = 0
     transients: Bytes = 0
     inputs: Bytes = 0
+    communication_buffers: Bytes = 0
+    fragmentation: Bytes = 0
 
 
 class Stream(Part):

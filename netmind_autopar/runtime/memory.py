@@ -30,16 +30,21 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Planned and measured bytes at the peak of a step. planned: of the device that holds the most; measured: of this device."""
+    """Planned and measured bytes at the peak of a step. planned: of the device that holds the most; measured: of this device.
+
+    communication_buffers: planned, a part of the row with gradients; nothing measures it apart."""
 
     rows: tuple[MemoryRow, ...]
     planned: int
     measured: int | None
     how: str
+    communication_buffers: int = 0
 
     def __str__(self) -> str:
         lines = [f"{'memory at the peak of a step':<42}{'planned':>12}{'measured':>12}"]
         lines += [f"  {r.name:<40}{_size(r.planned):>12}{_size(r.measured):>12}" for r in self.rows]
+        if self.communication_buffers:
+            lines.insert(-1, f"    {'of it communication buffers':<38}{_size(self.communication_buffers):>12}{'-':>12}")
         lines.append(f"{'peak':<42}{_size(self.planned):>12}{_size(self.measured):>12}")
         return "\n".join([*lines, f"measured: {self.how}"])
 
@@ -61,11 +66,19 @@ def report(pm: ParallelModule, step: Callable[[], Any] | None, optimizer: torch.
         MemoryRow("optimizer state", planned.optimizer, state),
         MemoryRow(
             "gradients, activations, transients, inputs",
-            planned.gradients + planned.activations + planned.transients + planned.inputs,
+            planned.gradients + planned.activations + planned.transients + planned.inputs + planned.communication_buffers,
             rest,
         ),
+        MemoryRow("fragmentation", planned.fragmentation, _lost(device)),
     )
-    return MemoryReport(rows, sum(r.planned for r in rows), peak, how)
+    return MemoryReport(rows, sum(r.planned for r in rows), peak, how, planned.communication_buffers)
+
+
+def _lost(device: torch.device) -> int | None:
+    """What the caching allocator has reserved beyond what was allocated at the peak, since the process began or the peak was reset."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)
 
 
 def _peak(pm: ParallelModule, step: Callable[[], Any], held: list[Any], device: torch.device) -> tuple[int | None, str]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from torch import fx
 
 from ..costs.comm import Conversions
-from ..costs.memory import optimizer_states
+from ..costs.memory import lost, optimizer_states, room
 from ..ir.errors import InfeasibleError, InputError, SolverError
 from ..ir.mesh import Mesh
 from ..ir.plan import ALL, Plan
@@ -79,6 +79,7 @@ def solve_baseline(
     """
     start, deadline = time.process_time(), time.monotonic() + time_limit
     limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
+    most = room(limit, mesh.device)
     recipes, roles = axis_recipes(baseline, mesh), roles_of(program, rules)
     check_applies(roles, recipes, mesh)
     conversions = Conversions(mesh, random_costs)
@@ -86,7 +87,7 @@ def solve_baseline(
     recompute = checkpointed(program, task.known[1]) if checkpoint else ()
     leasts: list[int] = []
     rounds = [
-        (regather, bound) for bound in ((None, limit) if tight else (None,)) for regather in _regathers(task, recipes, roles, checkpoint)
+        (regather, bound) for bound in ((None, most) if tight else (None,)) for regather in _regathers(task, recipes, roles, checkpoint)
     ]
     for regather, bound in rounds:
         built = task.build(recompute, regather, limit=bound)
@@ -95,7 +96,7 @@ def solve_baseline(
         if found.choice is None:
             continue
         leasts.append(evaluate(built.problem, found.choice)[1])
-        if found.seconds < math.inf and leasts[-1] <= limit:
+        if found.seconds < math.inf and leasts[-1] <= most:
             beside = _beside(built, found.choice, conversions) if overlap else None
             file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer}
             file |= {"inputs": inputs, "overlap": overlap}
@@ -105,6 +106,7 @@ def solve_baseline(
 
 
 def _unfit(baseline: Baseline, mesh: Mesh, leasts: Sequence[int], limit: int, checkpoint: bool) -> SolverError | InfeasibleError:
+    leasts = [need + lost(need, mesh.device) for need in leasts]
     if not leasts:
         return SolverError(f"no plan was found for the baseline {baseline!r} in time", try_="raise time_limit")
     return InfeasibleError(

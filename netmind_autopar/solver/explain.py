@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..costs.comm import MESSAGES, Conversions, Move
+from ..costs.compute import short_name
+from ..costs.memory import lost
 from ..ir.mesh import Device
 from ..ir.plan import Cost, Memory, Plan
 from ..ir.planrows import Collective, Replicated
@@ -19,7 +21,7 @@ from .build import Built
 from .conversions import end_rules, needed_conversions, regathered
 from .kinds import collect
 from .micro import in_turns
-from .problem import Choice, conversions, evaluate, items, step_bytes
+from .problem import Choice, Item, conversions, evaluate, items, step_bytes
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ def cost_of(built: Built, choice: Choice, device: Device, waits_s: float = 0.0) 
     compute_s -= recompute_s
     communication_s = sum(c.seconds for c in conversions(problem, choice))
     compute_s += 3 * summed_bytes(built, choice) / device.memory_bandwidth_bytes_s  # gradients are added up: two reads and a write
+    held = memory_at(built, choice, moment).model_copy(update={"fragmentation": lost(peak, device)})
     return Cost(
         step_s=turns * (compute_s + recompute_s + communication_s + waits_s),
         compute_s=turns * compute_s,
         recompute_s=turns * recompute_s,
         transfer_s=turns * waits_s,
         communication_s=turns * communication_s,
-        peak_bytes=peak,
-        memory=memory_at(built, choice, moment),
+        peak_bytes=peak + held.fragmentation,
+        memory=held,
     )
 
 
@@ -84,9 +87,10 @@ def summed_bytes(built: Built, choice: Choice) -> int:
 
 
 def memory_at(built: Built, choice: Choice, moment: int) -> Memory:
-    """Bytes alive at one moment by category; their sum is what `problem.profile` says.
+    """Bytes of tensors alive at one moment by category; their sum is what `problem.profile` says.
 
-    activations: made in forward and needed in backward. transients: everything else that ops make.
+    activations: made in forward and needed in backward. communication_buffers: what conversions pack, receive and join, gradients that
+    lie in buckets, and copies of parameters that were gathered. transients: everything else that ops make.
     """
     total = dict.fromkeys(Memory.model_fields, 0)
     for kind, node, k in zip(built.kinds, built.problem.nodes, choice, strict=True):
@@ -98,15 +102,47 @@ def memory_at(built: Built, choice: Choice, moment: int) -> Memory:
     total["parameters"] -= total["gradients"]
     last = built.problem.moments - 1
     total["optimizer"] += step_bytes(built.problem, choice) if moment == last else 0
+    stored = _stored(built)
     for item in items(built.problem, choice):
         value = built.problem.values[item.value]
+        staged = _staged(built, item, int(value.state[choice[value.node]]), stored[item.value])
         for start, end in zip(item.start.tolist(), item.end.tolist(), strict=True):
             if start <= moment <= end:
                 name = "activations" if start <= built.forward_end < end else "transients"
                 name = "parameters" if value.kind == "parameter" and item.target < 0 else name
-                total["gradients" if value.kind == "gradient" and end == last else name] += item.bytes
+                name = "gradients" if value.kind == "gradient" and end == last else name
+                total[name] += item.bytes - staged
+                total["communication_buffers"] += staged
     total["transients"] += built.problem.fixed_bytes
     return Memory(**total)
+
+
+def _stored(built: Built) -> list[bool]:
+    """Per value whether it is a parameter, a view of one, or one cast to another dtype: what of it is gathered is a buffer."""
+    problem, taken = built.problem, dict[int, int]()  # what a view or a cast is of
+    for v, value in enumerate(problem.values):
+        for consumer in value.consumers:
+            members = built.kinds[consumer.node].members
+            if problem.nodes[consumer.node].view or (members and short_name(built.nodes[members[0]]) == "_to_copy"):
+                taken.setdefault(consumer.node, v)
+
+    def is_stored(v: int) -> bool:
+        n = problem.values[v].node
+        return built.kinds[n].role == "param" or (n in taken and taken[n] != v and is_stored(taken[n]))
+
+    return [is_stored(v) for v in range(len(problem.values))]
+
+
+def _staged(built: Built, item: Item, p: int, stored: bool) -> int:
+    """Of an item's bytes those that are there for a collective alone."""
+    if item.staging or item.target < 0:
+        return item.bytes if item.staging else 0
+    sources, targets = built.specs[item.value]
+    sizes = sources.conversions.mesh.sizes  # type: ignore[attr-defined]
+    whole = local_bytes(targets[item.target], sizes)
+    if stored:  # a slice of it would be smaller
+        return item.bytes if whole >= local_bytes(sources[p], sizes) else 0
+    return item.bytes - whole if built.problem.values[item.value].kind == "gradient" else 0
 
 
 def collectives_of(built: Built, choice: Choice, conv: Conversions) -> tuple[Collective, ...]:

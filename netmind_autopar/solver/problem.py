@@ -183,7 +183,9 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Item:
-    """Bytes that live in [start[i], end[i]], for every instance i. `target` is -1 for the value itself, else the copy's state."""
+    """Bytes that live in [start[i], end[i]], for every instance i. `target` is -1 for the value itself, else the copy's state.
+
+    staging: what a conversion packs and receives while it runs."""
 
     value: int
     bytes: int
@@ -191,6 +193,7 @@ class Item:
     end: np.ndarray
     target: int
     consumers: tuple[int, ...]
+    staging: bool = False
 
 
 def wanted(value: Value, choice: Sequence[int]) -> tuple[int, list[tuple[int, list[int]]]]:
@@ -237,7 +240,7 @@ def items(problem: Problem, choice: Sequence[int]) -> Iterator[Item]:
             if not value.same[p, q]:
                 yield Item(v, int(value.copy_bytes[q]), *_present(value, start, last), q, tuple(takers))
                 if value.room is not None and value.room[p, q]:
-                    yield Item(v, int(value.room[p, q]), start, start, q, tuple(takers))
+                    yield Item(v, int(value.room[p, q]), start, start, q, tuple(takers), True)
         if not value.stowed:
             yield Item(v, int(value.bytes[p]), *_present(value, value.produced, end), -1, ())
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..costs.comm import Conversions
-from ..costs.memory import optimizer_states
+from ..costs.memory import lost, optimizer_states, room
 from ..ir.errors import InfeasibleError, PlanError, SolverError
 from ..ir.mesh import Mesh
 from ..ir.plan import Plan, PlanAxis, PlanDevice, streams_of
@@ -65,20 +65,21 @@ def solve(
     """
     start, clock = time.process_time(), time.monotonic()
     limit = mesh.device.memory_bytes if memory_limit is None else memory_limit
+    most = room(limit, mesh.device)  # of tensors
     states = optimizer_states(optimizer)
     conversions = Conversions(mesh, random_costs)
     task = Task(program, rules, mesh, conversions, inputs, states, offload)
     built = task.build()
     free = built.problem
     allowed = pinned(program, built, mesh, pins or {}, forbid or {})
-    found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap, wish=limit)
+    found = solve_problem(built.problem, allowed=allowed, time_limit=time_limit, gap=gap, wish=most)
     saving = Decision(built, found)
-    if found.choice is not None and evaluate(built.problem, found.choice)[1] > limit:
+    if found.choice is not None and evaluate(built.problem, found.choice)[1] > most:
         left = max(time_limit - (time.monotonic() - clock), 1.0)
-        saving = within(task, built, found, limit, allowed=allowed, time_limit=left, gap=gap)
+        saving = within(task, built, found, most, allowed=allowed, time_limit=left, gap=gap)
         built, found = saving.built, saving.solution
     if found.choice is None or found.seconds == math.inf:
-        others = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S) if found.choice and advise else []
+        others = remedies(task, most, allowed=allowed, time_limit=REMEDY_S) if found.choice and advise else []
         raise _refusal(built, found, limit, bool(pins or forbid), others, (task, allowed))
     beside = None
     if overlap and random_costs is None:
@@ -86,7 +87,7 @@ def solve(
         left = max(time_limit - (time.monotonic() - clock), 1.0)
         more = {"allowed": allowed, "offload": saving.offload, "byte_s": saving.byte_worth_s}
         more |= {"bound_s": bound_s, "deadline": time.monotonic() + left}
-        beside = choose(built, found.choice, conversions, limit, **more)  # type: ignore[arg-type]
+        beside = choose(built, found.choice, conversions, most, **more)  # type: ignore[arg-type]
     file = {"graph_hash": graph_hash, "cluster": cluster, "limit": limit, "optimizer": optimizer, "inputs": inputs, "overlap": overlap}
     plan = assemble(program, saving, mesh, conversions, beside, **file)  # type: ignore[arg-type]
     return plan.timed(time.process_time() - start)
@@ -136,7 +137,7 @@ def assemble(
         device=PlanDevice(memory_bandwidth_bytes_s=mesh.device.memory_bandwidth_bytes_s, launch_s=mesh.device.launch_s),
         collectives=collectives_of(built, choice, conversions),
         replicated=replicated_of(built, choice),
-        gib_worth_s=program.turns * saving.byte_worth_s * 2**30,
+        gib_worth_s=program.turns * saving.byte_worth_s * 2**30 / (1 + mesh.device.fragmentation),
         bound_s=bound,
         gap=(least - bound) / least if least else 0.0,
         least_sum_s=least,
@@ -156,7 +157,7 @@ def advised(error: InfeasibleError, limit: int) -> InfeasibleError:
     """The refusal of a solve that was not to advise, with what would fit."""
     if isinstance(error, NothingFits):
         task, allowed = error.task
-        found = remedies(task, limit, allowed=allowed, time_limit=REMEDY_S)
+        found = remedies(task, room(limit, task.mesh.device), allowed=allowed, time_limit=REMEDY_S)
         return InfeasibleError(error.what, where=error.where, why=error.why, try_="; ".join((*found, error.try_)))
     return error
 
@@ -182,16 +183,17 @@ def _refusal(
             why="some op has no strategy that agrees with its neighbours",
             try_="drop a pin" if pinned else "report this model",
         )
-    _, need, moment = evaluate(built.problem, found.choice)
+    _, tensors, moment = evaluate(built.problem, found.choice)
+    device = task[0].mesh.device
+    need, known = tensors + lost(tensors, device), found.least_bytes + lost(found.least_bytes, device)
     node = built.nodes.get(built.order[moment])
-    tensors = ", ".join(f"{name} {_size(size)}" for name, size in largest(built.problem, found.choice, moment))
-    known = found.least_bytes
+    most = ", ".join(f"{name} {_size(size)}" for name, size in largest(built.problem, found.choice, moment))
     proven = "" if known >= 0.99 * need else f"; proven is only that {_size(known)} are" if known else ""
     proven = proven and f" (the least that was found{proven})" if known else " (the least that was found)"
     return NothingFits(
         f"no plan fits into {limit} bytes ({_size(limit)}) per device: {need} bytes ({_size(need)}) are needed{proven}",
         where=(node.meta.get("where") or node.name) if node is not None else "",
-        why=f"the largest tensors on one device there: {tensors}",
+        why=f"the largest tensors on one device there: {most}",
         try_="; ".join((f"a limit of {need} bytes or more", *others, "a smaller batch, more devices, or an optimizer with less state")),
         need_bytes=need,
         task=task,
