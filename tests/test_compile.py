@@ -76,10 +76,12 @@ def apart(ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]]) 
 
 
 def travels(source: str) -> list[str]:
-    """The lines of forward and backward at which something travels, in order."""
+    """The lines of forward and backward at which something travels, in order; all-reduces in place are bound by themselves, so without
+    numbers."""
     bodies = re.findall(r"^    def (?:forward|backward)\(.*?(?=^    def |^    return )", source, re.M | re.S)
     call = r"= (?:(?:all_gather|all_reduce|reduce_scatter|all_to_all|bucket)_\d+(?:\.start)?\(|\w+\.wait\(\))"
-    return [line.split("#")[0].strip() for body in bodies for line in body.splitlines() if re.search(call, line)]
+    lines = [line.split("#")[0].strip() for body in bodies for line in body.splitlines() if re.search(call, line)]
+    return [re.sub(r"= (all_reduce)_\d+", r"= \1", line) for line in lines]
 
 
 def made(source: str) -> Counter:
