@@ -229,6 +229,17 @@ def test_drawn_plans_keep_the_bounds(seed: int) -> None:
     assert of(plan, "gpt2") == found, "the same, twice"
 
 
+@pytest.mark.parametrize(("axes", "same"), [("a=4", True), ("a=2,b=2", False)])
+def test_one_axis_on_a_link_is_as_if_nothing_were_shared(axes: str, same: bool) -> None:
+    """Bitwise; two axes inside a node are slower than if each had a link of its own, for the same work."""
+    _, _, program, rules, _ = captured("gpt2", F32)
+    plan, mesh = random_plan(program, rules, axes, 0), make_mesh(axes, "h100-sxm")
+    found = plan_timeline(program, rules, plan, mesh)
+    apart = plan_timeline(program, rules, plan, replace(mesh, axes=tuple(replace(a, link="") for a in mesh.axes)))
+    assert found.work == apart.work and found.step_s >= apart.step_s
+    assert ([(s.start_s, s.end_s) for s in found.spans] == [(s.start_s, s.end_s) for s in apart.spans]) == same
+
+
 def test_a_plan_keeps_its_timeline() -> None:
     plan = planned("mlp", F32, "a=2,b=2", random_costs=0)
     assert plan.cost.timeline_s == 0.0 == plan.cost.overlapped_s
