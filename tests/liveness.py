@@ -1,9 +1,10 @@
 """The memory of a lowered program, counted by walking it: what `Plan.cost.peak_bytes` predicts, found in another way.
 
 Every op of one device runs on the meta device, in the order of the emitted code, and every name is dropped after its last use
-as the emitted code does. A storage counts from the op that makes it until the last tensor on it is gone, so views, tuples, slices that keep
-their base, what collectives pack and receive, and what forward hands to backward count for what they are. The user holds the
-outputs, and gradients stay, until the step's end. Not counted: what a kernel uses inside one op.
+as the emitted code does, which also writes over operands where it may (passes/reuse.py). A storage counts from the op that makes it until
+the last tensor on it is gone, so views, tuples, slices that keep their base, what collectives pack and receive, and what forward hands to
+backward count for what they are. The user holds the outputs, and gradients stay, until the step's end. Not counted: what a kernel uses
+inside one op.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from netmind_autopar.ir.local import resolve
 from netmind_autopar.ir.plan import Memory, Plan
 from netmind_autopar.ir.program import Program, is_getitem, tensor_args
 from netmind_autopar.ir.spec import Spec, local_bytes, local_shape, parse_spec
+from netmind_autopar.passes.reuse import Reuse, reuse
 from netmind_autopar.runtime.collectives import BUCKETS, MOVES, STARTS, Stage, bucket_stage, stage, wait
 from netmind_autopar.runtime.offload import MARKS, settle
 
@@ -91,6 +93,7 @@ class _Walk:
     sizes: tuple[int, ...]
     coord: tuple[int, ...]
     storages: Storages
+    reuse: Reuse
 
     def run(self, nodes: Sequence[fx.Node], env: dict[fx.Node, Any], keep: set[fx.Node]) -> None:
         """Run `nodes`, dropping every name after its last use unless it is in `keep`."""
@@ -130,14 +133,19 @@ class _Walk:
             return flight if node.target in STARTS else flight.wait()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         args, kwargs = resolve((args, kwargs), self.sizes, self.coord)
-        if node.target not in MARKS and any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
+        target, written = self.reuse.instead.get(node, (node.target, None))
+        if node.target not in MARKS and any(a.name == "device" for a in target._schema.arguments):  # type: ignore[union-attr]
             kwargs = {**kwargs, "device": "meta"}
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        if written:
+            kwargs = {**kwargs, written: env[self.reuse.over[node]]}
+        return target(*args, **kwargs)  # type: ignore[operator]
 
     def move(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> _Flight:
         x, kind, axis, before, after = node.args
         step = stage(kind, axis, before, after, self.sizes, self.coord)  # type: ignore[arg-type]
         packed = step.pack(env[x])  # type: ignore[index]
+        if node in self.reuse.within:
+            return _Flight(step.unpack, packed)
         if step.wire is None:
             return _Flight(step.unpack, packed)
         return _Flight(step.unpack, _carried(step, packed, self.sizes), None if step.wire == "all_reduce" else packed)
@@ -173,15 +181,17 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device="meta")
 
 
-def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = None, stowed: Collection[str] = ()) -> Memory:
+def lowered_peak(
+    program: Program, plan: Plan, coord: tuple[int, ...] | None = None, stowed: Collection[str] = (), over: bool = True
+) -> Memory:
     """Bytes at the peak of a lowered program by category, on the device at `coord` (the first, and fullest, when None).
 
-    stowed: the placeholders of parameters that wait elsewhere. `sum(...)` of the fields is the peak. Independent of the solver: only the
+    stowed: the placeholders of parameters that wait elsewhere. over: ops write over their operands where they may, as the emitted code
+    does; else each takes new memory, as the planner counts it. `sum(...)` of the fields is the peak. Independent of the solver: only the
     program, its specs and the optimizer's state count.
     """
     at = coord or (0,) * len(plan.sizes)
     storages = Storages()
-    walk = _Walk(program, plan.sizes, at, storages)
     env: dict[fx.Node, Any] = {}
     tensors: dict[str, Tensor] = {}
     nodes = {node.name: node for node in program.graph.nodes}
@@ -192,6 +202,7 @@ def lowered_peak(program: Program, plan: Plan, coord: tuple[int, ...] | None = N
         [n for n in program.graph.nodes if n.op in ("call_function", "get_attr") and n.meta["phase"] == phase]
         for phase in ("forward", "backward")
     ]
+    walk = _Walk(program, plan.sizes, at, storages, reuse([*phases[0], *phases[1]], ends) if over else Reuse())
     saved = {arg for node in phases[1] for arg in tensor_args(node)} | grads
     for item in program.inputs:
         spec = program.specs[item.node]

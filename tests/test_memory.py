@@ -35,18 +35,20 @@ from netmind_autopar.tracer.hash import graph_hash
 QUICK = {"time_limit": 20.0, "gap": 0.05}
 
 
-def real_peak(family: str, plan) -> int:
+def real_peak(family: str, plan, over: bool = True) -> int:
     _, _, program, rules, _ = captured(family, torch.float32)
-    return sum(lowered_peak(lower(program, rules, plan), plan).model_dump().values())
+    return sum(lowered_peak(lower(program, rules, plan), plan, over=over).model_dump().values())
 
 
 @pytest.mark.parametrize("random_costs", [None, 1], ids=["real", "random"])
 @pytest.mark.parametrize("mesh", ["a=1", "a=4", "a=2,b=2"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "mlp"])
 def test_the_peak_is_never_above_the_prediction(family: str, mesh: str, random_costs: int | None) -> None:
+    """The planner takes every op to make new memory; where ops write over their operands a step may need a little less."""
     plan = planned(family, torch.float32, mesh, random_costs=random_costs, **QUICK)
-    real, tensors = real_peak(family, plan), plan.cost.peak_bytes - plan.cost.memory.fragmentation
-    assert real <= tensors
+    real, tensors = real_peak(family, plan, over=False), plan.cost.peak_bytes - plan.cost.memory.fragmentation
+    assert real_peak(family, plan) <= real <= tensors
+    assert mesh != "a=1" or tensors <= real_peak(family, plan) * 1.01
     assert tensors <= real * (1.001 if mesh == "a=1" else 1.1 if random_costs is None else 1.6)
 
 

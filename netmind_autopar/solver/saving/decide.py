@@ -19,11 +19,11 @@ from ..conversions import end_rules, regathered
 from ..fold import classes
 from ..parking import OPTIMIZER, PARAM, parked, stowed
 from ..presolve import Kept, cells, reduce
-from ..problem import Choice, Problem, evaluate
+from ..problem import Problem, evaluate
 from ..replay import offloaded, rewritten
 from ..search import solve_problem
 from ..shard import Solution
-from .joint import Joint, solve_joint
+from .joint import Joint, Search
 from .place import Places
 from .tape import Names, Saved
 
@@ -114,14 +114,14 @@ def within(task: Task, built: Built, first: Solution, limit: int, *, allowed: Ke
     assert first.choice is not None
     deadline = time.monotonic() + time_limit
     problem = built.problem if task.offload else replace(built.problem, host_bytes_s=0.0)
-    short: dict[Choice, int] = {}
-    for _ in range(TRIES):
-        left = max(deadline - time.monotonic(), 1.0)
-        joint = solve_joint(problem, first.choice, limit, allowed=allowed, bound=first.bound, gap=gap, time_limit=left, short=short)
-        found = _written(task, built, joint, limit, gap)
+    search = Search(problem, limit, allowed=allowed, bound=first.bound, gap=gap, time_limit=time_limit)
+    joint = search.solve(first.choice)
+    found = _written(task, built, joint, limit, gap)
+    for _ in range(TRIES - 1):
         if not joint.fits or found.peak <= limit:
             break
-        short[joint.choice] = found.peak - min(joint.peak, limit)
+        joint = search.less(joint.choice, found.peak - min(joint.peak, limit))
+        found = _written(task, built, joint, limit, gap)
     if joint.fits and cells(built.problem, reduce(built.problem, allowed)) > EXACT_CELLS:
         return found
     left = max(deadline - time.monotonic(), 1.0)

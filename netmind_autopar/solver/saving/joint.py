@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 from ..presolve import Kept, reduce
 from ..problem import Choice, Problem, seconds
@@ -31,7 +30,6 @@ SQUEEZE = 1_500  # ops of tapes that are run for a sharding under which nothing 
 BEST, POLISH = 16, 400_000  # plans that are polished, and ops of tapes that are run for it
 FIRST = (0.02, 0.3, 3.0, 30.0)  # first prices when nothing is known: the step's seconds per peak, times this
 DEAR = 0.1  # above the bound: a plan that only waits for what lies elsewhere, for longer than this, counts as none that fits
-NOTHING: Mapping[Choice, int] = MappingProxyType({})
 ALIKE = 0.03  # relative: prices nearer to each other say the same
 MANY = 2_000  # ops of a tape from which on the linear program's shares of layers are close to what whole layers take
 HALVES, LEAST = 3, 1e-3  # steps that look for a lower price that will do; shares of a price that are not worth looking at
@@ -58,11 +56,15 @@ class Joint:
     stowed: Places = field(default_factory=dict)
 
 
-class _Search:
-    def __init__(
-        self, problem: Problem, allowed: Kept | None, limit: int, bound: float, gap: float, deadline: float, short: Mapping[Choice, int]
-    ) -> None:
-        self.problem, self.allowed, self.limit, self.short = problem, allowed, limit, short
+class Search:
+    """The shardings seen so far, each with what is saved under it.
+
+    bound: seconds that no plan beats, proven without the limit. time_limit: wall-clock seconds, of all calls together."""
+
+    def __init__(self, problem: Problem, limit: int, *, allowed: Kept | None, bound: float, gap: float, time_limit: float) -> None:
+        deadline = time.monotonic() + time_limit
+        self.problem, self.allowed, self.limit = problem, allowed, limit
+        self.short: dict[Choice, int] = {}
         self.bound, self.gap, self.deadline = bound, gap, deadline
         self.tried: dict[Choice, tuple[Cut, Fit | None]] = {}
         self.answers: dict[Choice, Answer | None] = {}
@@ -122,45 +124,47 @@ class _Search:
         done = self.best is not None and self.best[0] - self.bound <= self.gap * self.best[0]
         return done or time.monotonic() > self.deadline
 
+    def solve(self, first: Choice) -> Joint:
+        """The cheapest plan found, started from the sharding `first`, the cheapest without a limit."""
+        if not _holds(self, first):
+            _fall(self, self.offer(first)[0])
+        _try_all(self)
+        for share in SHARES:
+            if self.best is None or self.closed():
+                break
+            best_s, choice, found = self.best
+            cut = self.offer(choice)[0]
+            if sum(found.prices.values()) * self.limit < self.gap * best_s:  # memory is worth nothing under this sharding
+                break
+            prices = {m: price * share for m, price in found.prices.items()}
+            if self.knows(prices):
+                continue
+            answer = found.answer if self.problem.host_bytes_s > 0 else cut.solve(prices=prices)
+            other = self.step(cut, prices, answer)
+            if other is not None:
+                self.offer(other)
+        return _result(self)
 
-def solve_joint(
-    problem: Problem,
-    first: Choice,
-    limit: int,
-    *,
-    allowed: Kept | None,
-    bound: float,
-    gap: float,
-    time_limit: float,
-    short: Mapping[Choice, int] = NOTHING,
-) -> Joint:
-    """The cheapest plan found within `limit` bytes, started from the sharding `first`, the cheapest without a limit.
-
-    bound: seconds that no plan beats, proven without the limit. time_limit: wall-clock seconds. short: bytes that the tape is known to
-    count too little under a sharding.
-    """
-    search = _Search(problem, allowed, limit, bound, gap, time.monotonic() + time_limit, short)
-    if not _holds(search, first):
-        _fall(search, search.offer(first)[0])
-    _try_all(search)
-    for share in SHARES:
-        if search.best is None or search.closed():
-            break
-        best_s, choice, found = search.best
-        cut = search.offer(choice)[0]
-        if sum(found.prices.values()) * limit < gap * best_s:  # memory is worth nothing under this sharding
-            break
-        prices = {m: price * share for m, price in found.prices.items()}
-        if search.knows(prices):
-            continue
-        answer = found.answer if problem.host_bytes_s > 0 else cut.solve(prices=prices)
-        other = search.step(cut, prices, answer)
-        if other is not None:
-            search.offer(other)
-    return _result(search)
+    def less(self, choice: Choice, short: int) -> Joint:
+        """The cheapest plan found when the tape counts so many bytes too little under this sharding. All else that is known stays."""
+        self.short[choice] = short
+        del self.tried[choice]
+        fits = [(found.run.seconds, other, found) for other, (_, found) in self.tried.items() if found is not None]
+        self.best = min(fits, key=lambda way: way[:2], default=None)
+        cut, found = self.offer(choice)
+        if found is None and len(cut.tape.ops) < MANY:
+            self.squeeze(choice)
+        if self.best is None:
+            _fall(self, cut)
+        return _result(self)
 
 
-def _try_all(search: _Search) -> None:
+def solve_joint(problem: Problem, first: Choice, limit: int, *, allowed: Kept | None, bound: float, gap: float, time_limit: float) -> Joint:
+    """The cheapest plan found within `limit` bytes, see `Search`."""
+    return Search(problem, limit, allowed=allowed, bound=bound, gap=gap, time_limit=time_limit).solve(first)
+
+
+def _try_all(search: Search) -> None:
     """So few shardings that each is looked at."""
     kept = reduce(search.problem, search.allowed)
     if math.prod(map(len, kept)) <= FEW:
@@ -169,7 +173,7 @@ def _try_all(search: _Search) -> None:
                 search.squeeze(choice)
 
 
-def _polish(search: _Search) -> None:
+def _polish(search: Search) -> None:
     """Small changes to the plans that may become the best, as many as are worth their time: more for those that promise more."""
     fits = [(_promised(cut, found), choice, cut, found) for choice, (cut, found) in search.tried.items() if found is not None]
     left = POLISH
@@ -191,7 +195,7 @@ def _promised(cut: Cut, found: Fit) -> float:
     return min(cut.seconds + found.answer.seconds, found.run.seconds)
 
 
-def _fall(search: _Search, cut: Cut) -> None:
+def _fall(search: Search, cut: Cut) -> None:
     """Nothing fits at the cheapest sharding: make memory dearer until a sharding is found under which something does, then less dear."""
     bare = _emptied(cut)[0]
     run = bare.tape.run()  # no number here depends on the limit: what a refusal says is needed is then found
@@ -216,13 +220,13 @@ def _fall(search: _Search, cut: Cut) -> None:
             low = middle
 
 
-def _holds(search: _Search, choice: Choice) -> bool:
+def _holds(search: Search, choice: Choice) -> bool:
     """Something fits under this sharding, and not only because nearly everything waits elsewhere."""
     found = search.offer(choice)[1]
     return found is not None and (search.problem.host_bytes_s <= 0 or found.run.seconds <= search.bound * (1 + DEAR))
 
 
-def _result(search: _Search) -> Joint:
+def _result(search: Search) -> Joint:
     if search.best is None:
         _take_any(search)
     if search.best is not None:
@@ -245,7 +249,7 @@ def _result(search: _Search) -> Joint:
     return Joint(choice, saved, math.inf, run.peak, search.bound, False, {}, 0.0, state, {}, stowed)
 
 
-def _take_any(search: _Search) -> None:
+def _take_any(search: Search) -> None:
     """Ways that were too dear while there was hope for others."""
     for choice, (cut, _) in search.tried.items():
         answer = search.answers[choice]
