@@ -171,11 +171,7 @@ def axes_of(run: Run, c: Constants, tables: Sequence[tuple[int, Curve]] = ()) ->
     for axis in reversed(mesh.axes):
         inside = inner * axis.size <= profile.node_size
         curves = tuple(curve for group, curve in tables if group == axis.size and inside)
-        # a ring that passes through k devices of every node has k cards to leave it by
-        cards = 1 if inside else max(1, min(axis.size, profile.node_size // inner))
-        rate = axis.bandwidth_bytes_s * (
-            c.link if inside else min(c.inter * cards, profile.links.intra.bandwidth_bytes_s / axis.bandwidth_bytes_s)
-        )
+        rate = axis.bandwidth_bytes_s * (c.link if inside else c.inter)
         out[axis.name] = replace(axis, bandwidth_bytes_s=rate, curves=curves)
         inner *= axis.size
     return out

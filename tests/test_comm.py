@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from netmind_autopar.costs.comm import BUCKET_BYTES, Conversions, collective_seconds
 from netmind_autopar.costs.device import make_mesh
 from netmind_autopar.ir.mesh import Axis, Device, Mesh
+from netmind_autopar.ir.plan import PlanAxis
 from netmind_autopar.ir.spec import Partial, Replicate, Shard, Spec, is_valid, local_bytes, parse_spec, same_layout
 
 MESHES = [(4,), (2, 2), (2, 3), (2, 2, 2)]
@@ -297,6 +298,54 @@ def test_collective_seconds() -> None:
     assert collective_seconds("all_gather", axis, 1e9) == pytest.approx(7e-6 + 1e-2)
     assert collective_seconds("all_reduce", axis, 1e9) == pytest.approx(14e-6 + 1e-2)
     assert collective_seconds("all_reduce", Axis("tp", 1, 1e11, 1e-6), 1e9) == 0.0
+
+
+def test_trees_between_nodes() -> None:
+    """Of small all-reduces over many nodes the latency counts, of which a tree has less; of large ones the bytes: a ring sends fewer."""
+    ring, nodes = Axis("dp", 64, 5e10, 1e-5), Axis("dp", 64, 5e10, 1e-5, within=1)
+    assert collective_seconds("all_reduce", nodes, 1e3) == pytest.approx(2 * 6 * 1e-5 + 1e3 * 64 / 63 / 5e10)
+    assert collective_seconds("all_reduce", nodes, 1e10) == collective_seconds("all_reduce", ring, 1e10) == pytest.approx(1.26e-3 + 0.2)
+    for kind in ("all_gather", "reduce_scatter", "all_to_all"):  # NCCL has trees for all-reduce alone
+        assert collective_seconds(kind, nodes, 1e3) == collective_seconds(kind, ring, 1e3)
+
+
+def test_nodes_of_several_devices() -> None:
+    """4 nodes of 8: what a step of the hierarchical algorithm takes, written down by hand, and what 8 cards of a node carry together."""
+    axis = Axis("dp", 32, 5e10, 1e-5, within=8, inner_bandwidth_bytes_s=4e11, inner_latency_s=1e-6)
+    whole = 1e6
+    sent = 2 * 31 / 32 * whole
+    inside, between = 7e-6 + 7 / 8 * whole / 4e11, 4e-5 + 2 * whole / 8 / 5e10
+    assert collective_seconds("all_reduce", axis, sent) == pytest.approx(2 * inside + between)
+    piece = 1e6
+    gathered = 3e-5 + 3 * piece / 5e10 + 7e-6 + 7 * 4 * piece / 4e11
+    assert collective_seconds("all_gather", axis, 31 * piece) == pytest.approx(gathered)
+    assert collective_seconds("reduce_scatter", axis, 31 * piece) == pytest.approx(gathered)
+    moved = 3e-5 + 24 / 31 * 1e9 / 5e10 + 7e-6 + 7 / 31 * 1e9 / 4e11
+    assert collective_seconds("all_to_all", axis, 1e9) == pytest.approx(min(moved, 31e-5 + 1e9 / 4e11))
+    large = 1e10  # eight cards of 5e10 are as fast as the link within the node
+    assert collective_seconds("all_reduce", axis, large) == pytest.approx(62e-5 + large / 4e11, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_reduce", "all_to_all"])
+@pytest.mark.parametrize("within", [0, 1, 2, 8])
+def test_more_choice_is_never_slower_and_more_bytes_never_faster(kind: str, within: int) -> None:
+    sizes = np.geomspace(1, 1e11, 60)
+    plain = Axis("a", 16, 5e10, 1e-5)
+    inner = {"inner_bandwidth_bytes_s": 3e11, "inner_latency_s": 2e-6} if within > 1 else {}
+    axis = Axis("a", 16, 5e10, 1e-5, within=within, **inner)
+    seconds = collective_seconds(kind, axis, sizes)
+    assert (seconds <= collective_seconds(kind, plain, sizes) * (1 + 1e-12)).all() and (np.diff(seconds) > 0).all()
+    assert [collective_seconds(kind, axis, float(x)) for x in sizes] == seconds.tolist()
+    assert (collective_seconds(kind, axis, sizes, latency_share=0.0) <= seconds).all()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "within"),
+    [("a=64", [8]), ("dp=8,tp=8", [1, 0]), ("dp=4,tp=4", [2, 0]), ("a=12", [1]), ("a=2,b=4,c=4", [1, 2, 0]), ("a=8", [0])],
+)
+def test_who_shares_a_node(mesh: str, within: list[int]) -> None:
+    assert [axis.within for axis in make_mesh(mesh, "dgx-h100").axes] == within
+    assert [PlanAxis.of(axis).axis().within for axis in make_mesh(mesh, "dgx-h100").axes] == within
 
 
 # (devices, bytes, seconds): all-reduce measured on A100 (NVLink), from the tables published with vTrain (MIT licence)

@@ -12,8 +12,8 @@ a shortest path: greedy choices miss the cheapest chain often, and S,S → R,S i
     mask            R → P(sum)   0
     recast          none         0: the dims are seen as other parts
 
-Seconds are α–β: messages · latency + bytes / bandwidth, ring and pairwise algorithms (Thakur, Rabenseifner, Gropp: Optimization of
-Collective Communication Operations in MPICH, 2005), plus the start of a collective and the local copies around it.
+Seconds are α–β: messages · latency + bytes / bandwidth of a ring, or of a tree or a hierarchical algorithm where those are faster
+(algorithms.py), plus the start of a collective and the local copies around it.
 Uneven pieces travel padded to the largest in all-gather and reduce-scatter, as they are in all-to-all. Numbers are those of the
 first device of the mesh, which holds the largest pieces.
 

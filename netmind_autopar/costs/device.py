@@ -283,8 +283,9 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
     cluster: a preset, a profile's path, or None for the present machine (its own memory then, and for "cpu" its share of the
         machine's memory).
 
-    An axis gets the inner link when all its groups lie within a node, `node_size` consecutive ranks; otherwise the outer one. A device
-    has one of each, so axes with the same one share its bandwidth (costs/link.py).
+    An axis gets the inner link when all its groups lie within a node, `node_size` consecutive ranks; otherwise the outer one, and with it
+    the inner one between those of a group that are on one node. A device has one of each, so axes with the same one share its
+    bandwidth (costs/link.py).
     Raises MeshError or ProfileError.
     """
     if isinstance(mesh, Mesh):
@@ -304,14 +305,26 @@ def make_mesh(mesh: Any, cluster: str | None = None) -> Mesh:
                 why=f"the profile describes one node of {profile.node_size} devices",
                 try_="a smaller mesh, calibrate --ranks with as many as the mesh has, or a [links.inter] table in the profile",
             )
-        size = ranks.shape[i]
-        axes.append(Axis(name, size, link.bandwidth_bytes_s, link.latency_s, link.at(size), link.hideable, link=tier))
+        size, near, group = ranks.shape[i], profile.links.intra, _within(nodes, i)
+        inner = (0, 0.0, 0.0) if inside else (group, near.bandwidth_bytes_s, near.latency_s) if group > 1 else (1, 0.0, 0.0)
+        axes.append(Axis(name, size, link.bandwidth_bytes_s, link.latency_s, link.at(size), link.hideable, False, tier, *inner))
     memory, host = profile.device.memory_bytes, profile.device.host_memory_bytes or 2 * profile.device.memory_bytes
     if chosen == "cpu":
         memory, host = (size // min(ranks.size, profile.node_size) for size in (memory, host))
     elif cluster is None:
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return Mesh(tuple(axes), _device(profile.device, memory, host), chosen)
+
+
+def _within(nodes: np.ndarray, axis: int) -> int:
+    """How many devices of every group of an axis are on one node, one after the other; 1 where that differs."""
+    groups = np.moveaxis(nodes, axis, -1).reshape(-1, nodes.shape[axis])
+    count = int((groups[0] == groups[0, 0]).sum())
+    if len(groups[0]) % count:
+        return 1
+    parts = groups.reshape(len(groups), -1, count)
+    alike = (parts == parts[:, :, :1]).all() and (np.sort(parts[:, :, 0], axis=1)[:, 1:] > np.sort(parts[:, :, 0], axis=1)[:, :-1]).all()
+    return count if alike else 1
 
 
 def _device(profile: DeviceProfile, memory_bytes: int, host_memory_bytes: int) -> Device:

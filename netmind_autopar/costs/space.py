@@ -11,16 +11,16 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 
 from ..ir.mesh import Axis, Mesh
 from ..ir.spec import Partial, Placement, Replicate, Shard, Spec, cuts
+from .algorithms import MESSAGES as MESSAGES
+from .algorithms import Amount, fastest
 from .curves import interpolate
 
-MESSAGES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}  # times (n − 1)
 MOVES = {
     (Shard, Replicate): "all_gather",
     (Partial, Shard): "reduce_scatter",
@@ -31,7 +31,6 @@ MOVES = {
 }
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "mask")
 LOCAL = (KINDS.index("slice"), KINDS.index("mask"))  # nothing travels
-Amount = TypeVar("Amount", float, np.ndarray)
 BUCKET_BYTES = 25 << 20  # reductions of gradients travel together in buckets of this size (the default of PyTorch's DDP)
 # Starting a collective costs as much as this many kernels: 40 µs before the first message in vTrain's tables of A100s (see presets.py).
 START_LAUNCHES = 10
@@ -40,14 +39,16 @@ RANDOM_LEAST_S, RANDOM_RANGE = 1e-6, 1e3  # random prices are drawn log-uniforml
 
 
 def collective_seconds(kind: str, axis: Axis, bytes: Amount, *, latency_share: Amount | float = 1.0) -> Amount | float:
-    """Seconds of one collective in which every device sends `bytes` along `axis`; `latency_share` of the latency is paid.
+    """Seconds of one collective in which every device sends `bytes` along `axis`, by a ring; `latency_share` of the latency is paid.
 
-    Where the axis was measured its curve tells, the start of the collective included; its first point is the latency."""
+    Where the axis was measured its curve tells, the start of the collective included; its first point is the latency. Elsewhere the
+    fastest of the algorithms that a library chooses from: a ring, for an all-reduce a double binary tree, and across nodes of several
+    devices the two in turns (costs/algorithms.py)."""
     if axis.size == 1:
         return 0.0
     if points := axis.measured(kind):
         return interpolate(points, bytes) - (1.0 - latency_share) * points[0][1]
-    return latency_share * MESSAGES[kind] * (axis.size - 1) * axis.latency_s + bytes / axis.bandwidth_bytes_s
+    return fastest(kind, axis, bytes, latency_share)
 
 
 def shares(mesh: Mesh, axis: int, bytes: np.ndarray) -> np.ndarray:

@@ -29,6 +29,8 @@ class Axis:
     also send.
     in_turn: not devices, but parts of the work that one device does one after the other: nothing can travel along such an axis.
     link: the physical link that carries it; what travels along axes of one link at the same time shares its bandwidth. "": its own.
+    within: of an axis that leaves the node, how many devices of a group are on the same node, consecutive along the axis; 0 of one that
+    does not; inner_bandwidth_bytes_s, inner_latency_s: of the link between those.
     """
 
     name: str
@@ -39,6 +41,9 @@ class Axis:
     hideable: float = 1.0
     in_turn: bool = False
     link: str = ""
+    within: int = 0
+    inner_bandwidth_bytes_s: float = 0.0
+    inner_latency_s: float = 0.0
 
     def measured(self, kind: str) -> tuple[tuple[float, float], ...]:
         """The points of a collective's curve; empty when it was not measured."""

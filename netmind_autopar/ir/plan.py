@@ -113,20 +113,24 @@ class PlanAxis(Part):
     bandwidth_bytes_s: float = Field(default=1e11, gt=0, allow_inf_nan=False)
     latency_s: Seconds = 1e-5
     curves: tuple[PlanCurve, ...] = ()
+    within: int = Field(default=0, ge=0)
+    inner_bandwidth_bytes_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    inner_latency_s: Seconds = 0.0
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Without `curves` where nothing was measured."""
-        return {key: value for key, value in handler(self).items() if key != "curves" or value}
+        """Without what was not measured, or is not there."""
+        optional = ("curves", "within", "inner_bandwidth_bytes_s", "inner_latency_s")
+        return {key: value for key, value in handler(self).items() if key not in optional or value}
 
     @classmethod
     def of(cls, axis: Axis) -> PlanAxis:
-        curves = tuple(PlanCurve(kind=c.kind, points=c.points) for c in axis.curves)
-        return cls(name=axis.name, size=axis.size, bandwidth_bytes_s=axis.bandwidth_bytes_s, latency_s=axis.latency_s, curves=curves)
+        same = {name: getattr(axis, name) for name in cls.model_fields if name != "curves"}
+        return cls(**same, curves=tuple(PlanCurve(kind=c.kind, points=c.points) for c in axis.curves))
 
     def axis(self) -> Axis:
-        curves = tuple(Curve(c.kind, "", c.points) for c in self.curves)
-        return Axis(self.name, self.size, self.bandwidth_bytes_s, self.latency_s, curves)
+        same = {name: getattr(self, name) for name in type(self).model_fields if name != "curves"}
+        return Axis(**same, curves=tuple(Curve(c.kind, "", c.points) for c in self.curves))
 
 
 class PlanDevice(Part):
