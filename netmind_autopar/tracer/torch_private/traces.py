@@ -140,19 +140,21 @@ def _lean() -> Iterator[None]:
             if guarded := getattr(mode.__torch_dispatch__, "_torchdynamo_orig_callable", None):
                 stack.enter_context(mock.patch.object(mode, "__torch_dispatch__", guarded))
         stack.enter_context(no_rules())
-        stack.enter_context(mock.patch.object(_traceback, "_extract_symbolized_tb", _two_frames))
+        stack.enter_context(mock.patch.object(_traceback, "_extract_symbolized_tb", _read_frames))
         yield
 
 
 _foreign = functools.lru_cache(maxsize=None)(is_foreign)
 
 
-def _two_frames(frames: list[dict[str, Any]], skip: int) -> StackSummary:
-    """Of a stack, innermost frame first, what is read of it: that a forward is running, and the user's innermost line."""
+def _read_frames(frames: list[dict[str, Any]], skip: int) -> StackSummary:
+    """Of a stack, innermost frame first, what is read of it: that a forward runs, the user's innermost line, and that in a forward
+    (export keeps no others)."""
     first = next((f for f in reversed(frames) if f["name"] == "forward"), None)
-    user = next((f for f in frames[skip:] if _foreign(f["filename"])), first)
-    found = [first] * (first is not user) + [user]
-    return StackSummary.from_list([FrameSummary(f["filename"], f["line"], f["name"]) for f in found if f is not None])
+    users = [f for f in frames[skip:] if _foreign(f["filename"])]
+    found = [first, next((f for f in users if f["name"] == "forward"), None), users[0] if users else None]
+    different = {id(f): f for f in found if f is not None}
+    return StackSummary.from_list([FrameSummary(f["filename"], f["line"], f["name"]) for f in different.values()])
 
 
 _recompile = fx.GraphModule.recompile
