@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netmind_autopar.costs.comm import BUCKET_BYTES, Conversions, collective_seconds
+from netmind_autopar.costs.comm import BUCKET_BYTES, Conversions, Move, collective_seconds
 from netmind_autopar.costs.device import make_mesh
-from netmind_autopar.ir.mesh import Axis, Device, Mesh
+from netmind_autopar.ir.mesh import Axis, Curve, Device, Mesh
 from netmind_autopar.ir.plan import PlanAxis
 from netmind_autopar.ir.spec import Partial, Replicate, Shard, Spec, is_valid, local_bytes, parse_spec, same_layout
 
@@ -298,6 +298,16 @@ def test_collective_seconds() -> None:
     assert collective_seconds("all_gather", axis, 1e9) == pytest.approx(7e-6 + 1e-2)
     assert collective_seconds("all_reduce", axis, 1e9) == pytest.approx(14e-6 + 1e-2)
     assert collective_seconds("all_reduce", Axis("tp", 1, 1e11, 1e-6), 1e9) == 0.0
+
+
+def test_no_transfer_takes_less_than_no_time() -> None:
+    """A measured curve may fall below its first point, which counts as the latency: more bytes that happened to travel faster."""
+    curve = Curve("all_to_all", "", ((1e3, 2e-3), (1e5, 1.85e-3), (1e7, 5e-3)))
+    mesh = Mesh((Axis("a", 2, 1e9, 1e-5, (curve,)),), make_mesh("a=2", "cpu").device)
+    before, after = parse_spec("f32[8,2] S(0)"), parse_spec("f32[8,2] S(1)")
+    for sent, transfer_s in ((500, 0.0), (50_000, 0.0), (10_000_000, 3e-3)):
+        move = Move("all_to_all", 0, before, after, sent, float(collective_seconds("all_to_all", mesh.axes[0], sent)))
+        assert move.transfer_s(mesh) == pytest.approx(transfer_s, abs=1e-12)
 
 
 def test_trees_between_nodes() -> None:

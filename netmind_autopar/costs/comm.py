@@ -52,10 +52,12 @@ class Move:
     seconds: float
 
     def transfer_s(self, mesh: Mesh) -> float:
-        """Of its seconds those that use the bandwidth of its axis's link, without latency and local copies."""
+        """Of its seconds those that use the bandwidth of its axis's link, without latency and local copies: none of what was measured to be
+        over before the latency is."""
         if self.kind not in MESSAGES:
             return 0.0
-        return min(self.seconds, float(collective_seconds(self.kind, mesh.axes[self.axis], self.bytes, latency_share=0.0)))
+        seconds = float(collective_seconds(self.kind, mesh.axes[self.axis], self.bytes, latency_share=0.0))
+        return min(max(seconds, 0.0), self.seconds)
 
 
 class Conversions:
