@@ -2,6 +2,8 @@
 
     ring           all kinds      messages · (n − 1) α + bytes / B, `bytes` those that one device sends: 2 (n − 1) / n · b in an all-reduce
     tree           all_reduce     2 ⌈log2 n⌉ α + 2 b / B, between nodes: two binary trees, each with half of the bytes, in pieces
+                   all_gather     ⌈log2 n⌉ α + bytes / B, between nodes of one device of the group each: pieces travel along parallel trees;
+                                  reduce_scatter the other way round
     hierarchical   all kinds      of g devices on each of m nodes, αi and Bi between them:
                    all_reduce     reduce-scatter within the node, all-reduce of b / g between the nodes (ring or tree), all-gather within
                    all_gather     between the nodes, then within; reduce_scatter the other way round
@@ -13,7 +15,8 @@ min(Bi, g B).
 
 Sources: Thakur, Rabenseifner, Gropp: Optimization of Collective Communication Operations in MPICH, 2005 (ring); Sanders, Speck,
 Träff: Two-Tree Algorithms for Full Bandwidth Broadcast, Reduction and Scan, 2009, and NVIDIA's description of NCCL 2.4 (double binary
-tree, all-reduce alone); Cho et al.: BlueConnect, MLSys 2019 (hierarchical).
+tree, all-reduce alone); Jeaugey: PAT: a new algorithm for all-gather and reduce-scatter operations at scale, 2025 (NCCL 2.23, one device
+per node; recursive doubling and halving of Thakur et al. cost the same); Cho et al.: BlueConnect, MLSys 2019 (hierarchical).
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ def fastest(kind: str, axis: Axis, sent: Amount, latency_share: Amount | float =
     found = latency_share * MESSAGES[kind] * (axis.size - 1) * axis.latency_s + sent / rate
     if kind == "all_reduce" and axis.within:
         found = _less(found, latency_share * tree_latency(axis.size, axis.latency_s) + sent * (axis.size / (axis.size - 1)) / rate)
+    if kind in ("all_gather", "reduce_scatter") and axis.within == 1:
+        found = _less(found, latency_share * tree_latency(axis.size, axis.latency_s) / 2 + sent / rate)
     return _less(found, _hierarchical(kind, axis, sent, latency_share)) if several else found
 
 
