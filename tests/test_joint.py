@@ -51,9 +51,10 @@ def test_both_ways_give_the_same_program(name: str, ways: list[str]) -> None:
     entry = ZOO[name]
     model, inputs = entry.make(torch.float64)
     direct = capture(model, inputs, fold=False, **entry.options)
-    if ways != [""]:
-        assert all(why.startswith("NotDirect: ") for why in ways), ways
-        pytest.skip(f"traced by torch's own way: {ways[0]}")
+    assert ways  # some models are traced twice
+    if any(ways):
+        assert all(why.startswith("NotDirect: ") for why in ways if why), ways
+        pytest.skip(f"traced by torch's own way: {max(ways)}")
     full = by_torch(model, inputs, **entry.options)
     assert repeat.difference(direct, full) == "" and graph_hash(direct) == graph_hash(full)
 
